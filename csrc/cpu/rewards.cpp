@@ -1,0 +1,155 @@
+// token_rewards, returns and gae: serial within a sequence, parallel over sequences. Sums are carried in double.
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "ops.h"
+
+namespace rpp {
+namespace {
+
+struct Sequences {
+  const int64_t* cu;
+  const bool* mask;
+  int64_t count, tokens;
+
+  Sequences(const Tensor& cu_seqlens, const MaybeTensor& mask_tensor, const Tensor& like)
+      : cu(sequences_of(cu_seqlens, like.numel())),
+        mask(data_of<bool>(mask_tensor, like.numel(), "completion_mask")),
+        count(cu_seqlens.numel() - 1),
+        tokens(like.numel()) {}
+
+  bool valid(int64_t t) const { return !mask || mask[t]; }
+
+  int64_t last(int64_t i) const {  // the last valid token, or -1
+    for (int64_t t = cu[i + 1] - 1; t >= cu[i]; --t)
+      if (valid(t)) return t;
+    return -1;
+  }
+
+  template <class F>
+  void parallel(const F& f) const {  // f(sequence, begin, end)
+    parallel_rows(count, tokens / std::max<int64_t>(count, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i, cu[i], cu[i + 1]);
+    });
+  }
+};
+
+}  // namespace
+
+Tensor token_rewards_fwd(Tensor scores, Tensor kl, MaybeTensor mask, Tensor cu_seqlens, double beta) {
+  return for_float_type(kl, [&]<class T>(T*) {
+    const Sequences s(cu_seqlens, mask, kl);
+    const T* score = data_of<T>(scores, s.count, "scores");
+    const T* penalty = data_of<T>(kl, s.tokens, "kl");
+    Tensor rewards;
+    T* out = new_like<T>(kl, {s.tokens}, rewards);
+    s.parallel([&](int64_t i, int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) out[t] = s.valid(t) ? static_cast<T>(-beta) * penalty[t] : T(0);
+      const int64_t last = s.last(i);
+      if (last >= 0) out[last] += score[i];
+    });
+    return rewards;
+  });
+}
+
+std::tuple<Tensor, Tensor> token_rewards_bwd(Tensor drewards, MaybeTensor mask, Tensor cu_seqlens, double beta) {
+  return for_float_type(drewards, [&]<class T>(T*) {
+    const Sequences s(cu_seqlens, mask, drewards);
+    const T* d = data_of<T>(drewards, s.tokens, "drewards");
+    Tensor dscores, dkl;
+    T* out_scores = new_like<T>(drewards, {s.count}, dscores);
+    T* out_kl = new_like<T>(drewards, {s.tokens}, dkl);
+    s.parallel([&](int64_t i, int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) out_kl[t] = s.valid(t) ? static_cast<T>(-beta) * d[t] : T(0);
+      const int64_t last = s.last(i);
+      out_scores[i] = last >= 0 ? d[last] : T(0);
+    });
+    return std::tuple{dscores, dkl};
+  });
+}
+
+Tensor returns_fwd(Tensor rewards, MaybeTensor mask, Tensor cu_seqlens, double gamma) {
+  return for_float_type(rewards, [&]<class T>(T*) {
+    const Sequences s(cu_seqlens, mask, rewards);
+    const T* r = data_of<T>(rewards, s.tokens, "rewards");
+    Tensor result;
+    T* out = new_like<T>(rewards, {s.tokens}, result);
+    s.parallel([&](int64_t, int64_t begin, int64_t end) {
+      double carry = 0;
+      for (int64_t t = end - 1; t >= begin; --t) {
+        if (s.valid(t)) carry = r[t] + gamma * carry;
+        out[t] = s.valid(t) ? static_cast<T>(carry) : T(0);
+      }
+    });
+    return result;
+  });
+}
+
+Tensor returns_bwd(Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens, double gamma) {
+  return for_float_type(dreturns, [&]<class T>(T*) {
+    const Sequences s(cu_seqlens, mask, dreturns);
+    const T* d = data_of<T>(dreturns, s.tokens, "dreturns");
+    Tensor result;
+    T* out = new_like<T>(dreturns, {s.tokens}, result);
+    s.parallel([&](int64_t, int64_t begin, int64_t end) {
+      double carry = 0;
+      for (int64_t t = begin; t < end; ++t) {
+        if (s.valid(t)) carry = d[t] + gamma * carry;
+        out[t] = s.valid(t) ? static_cast<T>(carry) : T(0);
+      }
+    });
+    return result;
+  });
+}
+
+std::tuple<Tensor, Tensor> gae_fwd(Tensor rewards, Tensor values, MaybeTensor mask, Tensor cu_seqlens, double gamma,
+                                   double gae_lambda) {
+  return for_float_type(rewards, [&]<class T>(T*) {
+    const Sequences s(cu_seqlens, mask, rewards);
+    const T* r = data_of<T>(rewards, s.tokens, "rewards");
+    const T* v = data_of<T>(values, s.tokens, "values");
+    Tensor advantages, targets;
+    T* out = new_like<T>(rewards, {s.tokens}, advantages);
+    T* out_targets = new_like<T>(rewards, {s.tokens}, targets);
+    s.parallel([&](int64_t, int64_t begin, int64_t end) {
+      double advantage = 0, next_value = 0;
+      for (int64_t t = end - 1; t >= begin; --t) {
+        out[t] = out_targets[t] = 0;
+        if (!s.valid(t)) continue;
+        advantage = r[t] + gamma * next_value - v[t] + gamma * gae_lambda * advantage;
+        next_value = v[t];
+        out[t] = static_cast<T>(advantage);
+        out_targets[t] = static_cast<T>(advantage + next_value);
+      }
+    });
+    return std::tuple{advantages, targets};
+  });
+}
+
+// The transposed scan: c_t = (dadvantages_t + dreturns_t) + gamma lambda c_{t-1} is d(loss)/d(delta_t).
+std::tuple<Tensor, Tensor> gae_bwd(Tensor dadvantages, Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens,
+                                   double gamma, double gae_lambda) {
+  return for_float_type(dadvantages, [&]<class T>(T*) {
+    const Sequences s(cu_seqlens, mask, dadvantages);
+    const T* da = data_of<T>(dadvantages, s.tokens, "dadvantages");
+    const T* dr = data_of<T>(dreturns, s.tokens, "dreturns");
+    Tensor drewards, dvalues;
+    T* out_rewards = new_like<T>(dadvantages, {s.tokens}, drewards);
+    T* out_values = new_like<T>(dadvantages, {s.tokens}, dvalues);
+    s.parallel([&](int64_t, int64_t begin, int64_t end) {
+      double ddelta = 0;
+      for (int64_t t = begin; t < end; ++t) {
+        out_rewards[t] = out_values[t] = 0;
+        if (!s.valid(t)) continue;
+        const double previous = ddelta;
+        ddelta = double(da[t]) + dr[t] + gamma * gae_lambda * previous;
+        out_rewards[t] = static_cast<T>(ddelta);
+        out_values[t] = static_cast<T>(dr[t] - ddelta + gamma * previous);
+      }
+    });
+    return std::tuple{drewards, dvalues};
+  });
+}
+
+}  // namespace rpp

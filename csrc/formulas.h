@@ -1,0 +1,172 @@
+// The formulas of rpp_kernels/reference.py, once for C++ and CUDA.
+//
+// No include guard: this file is included inside a namespace, once for each instruction set (cpu/for_each_isa.h), so
+// that every copy is compiled for the instructions of its caller. `F` is float, double, or a GCC vector of them;
+// `Mask<F>` is what comparing two F gives (bool, or a vector of 0 and -1). No branches: values are selected.
+
+template <class F>
+RPP_HD F num(double x) {  // x in every lane
+  return F{} + static_cast<typename Traits<F>::Element>(x);
+}
+
+template <class F>
+RPP_HD F at_least(F x, F low) {  // one instruction, and a NaN stays NaN
+  return low > x ? low : x;
+}
+
+template <class F>
+RPP_HD F clamp(F x, F low, F high) {
+  x = at_least(x, low);
+  return high < x ? high : x;
+}
+
+// ---- exponential: exp(x) = 2^n * (1 + f + q(f)), n = round(x / ln 2), |f| <= ln(2) / 2, q(f) = exp(f) - 1 - f
+//
+// Stated error: 2 ulp where the result is normal (tests/ops/test_exponential.py). Below that the result is the smallest
+// normal number, about 1e-38 (2e-308 in double), so that 0 * -inf never arises; above 89 (710) it is infinite.
+
+template <class F>
+struct Exponential {
+  F f, q, scale;
+  Mask<F> small;  // n == 0
+};
+
+template <class F>
+RPP_HD Exponential<F> reduce_exponent(F x) {
+  using C = ExpConstants<typename Traits<F>::Element>;
+  const F shifted = x * num<F>(1.4426950408889634) + num<F>(C::round_magic);
+  const F n = shifted - num<F>(C::round_magic);
+  F f = x - n * num<F>(C::ln2_high);  // exact even without FMA: ln2_high has few bits
+  f = f - n * num<F>(C::ln2_low);
+  F p = num<F>(C::q[C::degree]);
+#pragma GCC unroll 12
+  for (int i = C::degree - 1; i >= 0; --i) p = p * f + num<F>(C::q[i]);
+  return {f, p * f * f, power_of_two(shifted), n == F{}};
+}
+
+template <class F>
+RPP_HD F exponential_in_range(F x) {  // for lowest <= x <= highest
+  const auto e = reduce_exponent(x);
+  return (num<F>(1) + (e.f + e.q)) * e.scale;
+}
+
+template <class F>
+RPP_HD F exponential(F x) {
+  using C = ExpConstants<typename Traits<F>::Element>;
+  return exponential_in_range(clamp(x, num<F>(C::lowest), num<F>(C::highest)));
+}
+
+template <class F>
+RPP_HD F exp_minus_1_minus_x(F x) {  // without the cancellation near 0
+  using C = ExpConstants<typename Traits<F>::Element>;
+  const auto e = reduce_exponent(clamp(x, num<F>(C::lowest), num<F>(C::highest)));
+  const F far = (num<F>(1) + (e.f + e.q)) * e.scale - num<F>(1) - x;
+  return e.small ? e.q : far;
+}
+
+// ---- log-probs: with p = softmax(z), z = logits / temperature, logp = log p,
+//      d(logps)/dz_j = [j = y] - p_j,  d(entropy)/dz_j = -p_j (logp_j + entropy),  d(lse)/dz_j = p_j
+
+template <class F>
+struct RowGradient {
+  // logp = (logit - shift) * inverse_temperature - rest, with shift near the largest logits, where the difference is
+  // exact: logit * inverse_temperature - lse would carry the rounding of two large numbers into every probability.
+  F shift, rest, inverse_temperature;
+  F weight, entropy_weight;  // dlogits_j = p_j * (weight + entropy_weight * logp_j), the target's own term aside
+};
+
+template <class F>
+RPP_HD RowGradient<F> row_gradient(double lse, F entropy, double temperature, F dlogps, F dentropy, F dlse) {
+  const F shift = static_cast<F>(lse * temperature), inverse_temperature = static_cast<F>(1 / temperature);
+  const F rest = static_cast<F>(lse - shift / temperature);
+  const F weight = (dlse - dlogps - dentropy * entropy) * inverse_temperature;
+  return {shift, rest, inverse_temperature, weight, -dentropy * inverse_temperature};
+}
+
+template <bool with_entropy, class F>
+RPP_HD F dlogit(F logit, RowGradient<F> g) {
+  const F logp = (logit - g.shift) * g.inverse_temperature - g.rest;
+  const F p = exponential(logp);
+  if constexpr (!with_entropy) return p * g.weight;
+  const F lowest = num<F>(ExpConstants<typename Traits<F>::Element>::lowest);
+  return p * (g.weight + g.entropy_weight * at_least(logp, lowest));  // p log p -> 0 for a logit of -inf
+}
+
+// ---- KL estimators of d = logps - ref_logps
+
+enum class Kl : int { none = 0, k1 = 1, k2 = 2, k3 = 3, abs = 4 };
+
+template <class F>
+struct KlClamps {
+  F log_ratio, value;
+};
+
+template <Kl estimator, class F>
+RPP_HD F unclamped_kl(F d, KlClamps<F> clamps) {
+  if constexpr (estimator == Kl::k1) return d;
+  if constexpr (estimator == Kl::k2) return num<F>(0.5) * d * d;
+  if constexpr (estimator == Kl::k3) return exp_minus_1_minus_x(-clamp(d, -clamps.log_ratio, clamps.log_ratio));
+  if constexpr (estimator == Kl::abs) return d < F{} ? -d : d;
+  return F{};
+}
+
+template <Kl estimator, class F>
+RPP_HD F kl_value(F d, KlClamps<F> clamps) {
+  return clamp(unclamped_kl<estimator>(d, clamps), -clamps.value, clamps.value);
+}
+
+template <Kl estimator, class F>
+RPP_HD F kl_slope(F d, KlClamps<F> clamps) {  // d(kl_value) / d(d)
+  F slope = F{};
+  if constexpr (estimator == Kl::k1) slope = num<F>(1);
+  if constexpr (estimator == Kl::k2) slope = d;
+  if constexpr (estimator == Kl::k3) slope = num<F>(1) - exponential(-d);
+  if constexpr (estimator == Kl::k3) slope = (d > clamps.log_ratio) | (d < -clamps.log_ratio) ? F{} : slope;
+  if constexpr (estimator == Kl::abs) slope = d > F{} ? num<F>(1) : (d < F{} ? num<F>(-1) : F{});
+  const F kl = unclamped_kl<estimator>(d, clamps);
+  return (kl > clamps.value) | (kl < -clamps.value) ? F{} : slope;
+}
+
+// ---- clipped surrogate and clipped critic loss
+
+template <class F>
+struct Clip {
+  F low, high,
+      dual;  // bounds of the ratio: 1 - epsilon_low, 1 + epsilon_high, dual_clip (infinite where not asked for)
+  F log_ratio;
+};
+
+template <class F>
+struct Surrogate {
+  F loss, slope, ratio;  // slope: d(loss) / d(log_ratio)
+  Mask<F> clipped_low, clipped_high, dual_clipped;
+};
+
+template <class F>
+RPP_HD Surrogate<F> clipped_surrogate(F log_ratio, F advantage, Clip<F> clip) {
+  const F ratio = exponential(clamp(log_ratio, -clip.log_ratio, clip.log_ratio));
+  const Mask<F> low = (advantage < F{}) & (ratio < clip.low);
+  const Mask<F> high = (advantage > F{}) & (ratio > clip.high);
+  const Mask<F> dual = (advantage < F{}) & (ratio > clip.dual);
+  const Mask<F> constant = low | high | dual | (log_ratio > clip.log_ratio) | (log_ratio < -clip.log_ratio);
+  const F bound = low ? clip.low : (high ? clip.high : (dual ? clip.dual : ratio));
+  const F slope = -ratio * advantage;
+  return {-bound * advantage, constant ? F{} : slope, ratio, low, high, dual};
+}
+
+template <class F>
+struct CriticLoss {
+  F loss, slope, squared_error;  // slope: d(loss) / d(value)
+  Mask<F> clipped;
+};
+
+template <class F>
+RPP_HD CriticLoss<F> clipped_critic_loss(F value, F old_value, F target, F epsilon) {  // epsilon: infinite for no clip
+  const F change = value - old_value;
+  const Mask<F> outside = (change > epsilon) | (change < -epsilon);
+  const F error = value - target;
+  const F clipped_error = (outside ? old_value + clamp(change, -epsilon, epsilon) : value) - target;
+  const Mask<F> clipped = clipped_error * clipped_error > error * error;
+  const F chosen = clipped ? clipped_error : error;
+  return {num<F>(0.5) * chosen * chosen, clipped ? F{} : error, error * error, clipped};
+}

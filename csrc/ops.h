@@ -1,0 +1,56 @@
+// Every kernel, as registration.cpp registers it. Token tensors are flat (T,) and contiguous; `cu_seqlens` (B+1,) int64
+// says where sequences lie in them. Meaning: the public function of the same name in rpp_kernels/ops.
+#pragma once
+
+#include <tuple>
+
+#include "checks.h"
+
+namespace rpp {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> logps_fwd(Tensor logits, Tensor target_ids, MaybeTensor mask,
+                                                     double temperature, MaybeTensor token_temperature);
+void logps_bwd_out(Tensor dlogits, Tensor logits, Tensor target_ids, MaybeTensor mask, double temperature,
+                   MaybeTensor token_temperature, Tensor entropy, Tensor lse, Tensor lse_rest, MaybeTensor dlogps,
+                   MaybeTensor dentropy, MaybeTensor dlse);
+
+Tensor kl_fwd(Tensor logps, Tensor ref_logps, MaybeTensor mask, int64_t estimator, double log_ratio_clamp,
+              double kl_clamp);
+Tensor kl_bwd(Tensor dkl, Tensor logps, Tensor ref_logps, MaybeTensor mask, int64_t estimator, double log_ratio_clamp,
+              double kl_clamp);
+
+Tensor token_rewards_fwd(Tensor scores, Tensor kl, MaybeTensor mask, Tensor cu_seqlens, double beta);
+std::tuple<Tensor, Tensor> token_rewards_bwd(Tensor drewards, MaybeTensor mask, Tensor cu_seqlens, double beta);
+Tensor returns_fwd(Tensor rewards, MaybeTensor mask, Tensor cu_seqlens, double gamma);
+Tensor returns_bwd(Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens, double gamma);
+std::tuple<Tensor, Tensor> gae_fwd(Tensor rewards, Tensor values, MaybeTensor mask, Tensor cu_seqlens, double gamma,
+                                   double gae_lambda);
+std::tuple<Tensor, Tensor> gae_bwd(Tensor dadvantages, Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens,
+                                   double gamma, double gae_lambda);
+
+Tensor moments(Tensor values, MaybeTensor mask);
+void whiten_out(Tensor out, Tensor values, MaybeTensor mask, Tensor moments, bool shift_mean, bool unbiased, double eps,
+                int64_t eps_mode);
+Tensor whiten_bwd(Tensor dout, Tensor values, MaybeTensor mask, Tensor moments, bool shift_mean, bool unbiased,
+                  double eps, int64_t eps_mode);
+std::tuple<Tensor, Tensor> reinforce_pp_fwd(Tensor scores, Tensor old_logps, MaybeTensor ref_logps, MaybeTensor mask,
+                                            Tensor cu_seqlens, double beta, double gamma, int64_t estimator,
+                                            double log_ratio_clamp, double kl_clamp);
+
+Tensor group_advantages_fwd(Tensor scores, MaybeTensor group_index, int64_t group_size, int64_t num_groups,
+                            int64_t baseline, int64_t std, bool unbiased, double eps, bool keep_singletons);
+Tensor group_advantages_bwd(Tensor dadvantages, Tensor scores, MaybeTensor group_index, int64_t group_size,
+                            int64_t num_groups, int64_t baseline, int64_t std, bool unbiased, double eps,
+                            bool keep_singletons);
+
+std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(Tensor logps, Tensor old_logps, Tensor advantages,
+                                                   bool sequence_advantages, MaybeTensor mask, Tensor cu_seqlens,
+                                                   double epsilon_low, double epsilon_high, double dual_clip,
+                                                   double log_ratio_clamp, bool sequence_ratio, bool sequence_mean,
+                                                   bool per_token);
+Tensor policy_loss_bwd(Tensor dloss, Tensor slope, MaybeTensor mask, Tensor cu_seqlens);
+std::tuple<Tensor, Tensor, Tensor> value_loss_fwd(Tensor values, Tensor old_values, Tensor returns, MaybeTensor mask,
+                                                  Tensor cu_seqlens, double epsilon, bool sequence_mean,
+                                                  bool per_token);
+
+}  // namespace rpp

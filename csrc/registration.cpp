@@ -1,0 +1,97 @@
+// Schemas and kernels of torch.ops.rpp_kernels_C, and the module whose import registers them. Autograd and fake kernels
+// belong to the ops above these (rpp_kernels/ops).
+#include <Python.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+#include "ops.h"
+
+namespace rpp {
+namespace {
+std::string cpu_capability() { return isa_name(); }
+}  // namespace
+}  // namespace rpp
+
+STABLE_TORCH_LIBRARY(rpp_kernels_C, m) {
+  m.def("cpu_capability() -> str");
+  m.def(
+      "logps_fwd(Tensor logits, Tensor target_ids, Tensor? mask, float temperature, Tensor? token_temperature)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "logps_bwd_out(Tensor(a!) dlogits, Tensor logits, Tensor target_ids, Tensor? mask, float temperature,"
+      " Tensor? token_temperature, Tensor entropy, Tensor lse, Tensor lse_rest, Tensor? dlogps, Tensor? dentropy,"
+      " Tensor? dlse) -> ()");
+  m.def(
+      "kl_fwd(Tensor logps, Tensor ref_logps, Tensor? mask, int estimator, float log_ratio_clamp, float kl_clamp)"
+      " -> Tensor");
+  m.def(
+      "kl_bwd(Tensor dkl, Tensor logps, Tensor ref_logps, Tensor? mask, int estimator, float log_ratio_clamp,"
+      " float kl_clamp) -> Tensor");
+  m.def("token_rewards_fwd(Tensor scores, Tensor kl, Tensor? mask, Tensor cu_seqlens, float beta) -> Tensor");
+  m.def("token_rewards_bwd(Tensor drewards, Tensor? mask, Tensor cu_seqlens, float beta) -> (Tensor, Tensor)");
+  m.def("returns_fwd(Tensor rewards, Tensor? mask, Tensor cu_seqlens, float gamma) -> Tensor");
+  m.def("returns_bwd(Tensor dreturns, Tensor? mask, Tensor cu_seqlens, float gamma) -> Tensor");
+  m.def(
+      "gae_fwd(Tensor rewards, Tensor values, Tensor? mask, Tensor cu_seqlens, float gamma, float gae_lambda)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "gae_bwd(Tensor dadvantages, Tensor dreturns, Tensor? mask, Tensor cu_seqlens, float gamma, float gae_lambda)"
+      " -> (Tensor, Tensor)");
+  m.def("moments(Tensor values, Tensor? mask) -> Tensor");
+  m.def(
+      "whiten_out(Tensor(a!) out, Tensor values, Tensor? mask, Tensor moments, bool shift_mean, bool unbiased,"
+      " float eps, int eps_mode) -> ()");
+  m.def(
+      "whiten_bwd(Tensor dout, Tensor values, Tensor? mask, Tensor moments, bool shift_mean, bool unbiased, float eps,"
+      " int eps_mode) -> Tensor");
+  m.def(
+      "reinforce_pp_fwd(Tensor scores, Tensor old_logps, Tensor? ref_logps, Tensor? mask, Tensor cu_seqlens,"
+      " float beta, float gamma, int estimator, float log_ratio_clamp, float kl_clamp) -> (Tensor, Tensor)");
+  m.def(
+      "group_advantages_fwd(Tensor scores, Tensor? group_index, int group_size, int num_groups, int baseline, int std,"
+      " bool unbiased, float eps, bool keep_singletons) -> Tensor");
+  m.def(
+      "group_advantages_bwd(Tensor dadvantages, Tensor scores, Tensor? group_index, int group_size, int num_groups,"
+      " int baseline, int std, bool unbiased, float eps, bool keep_singletons) -> Tensor");
+  m.def(
+      "policy_loss_fwd(Tensor logps, Tensor old_logps, Tensor advantages, bool sequence_advantages, Tensor? mask,"
+      " Tensor cu_seqlens, float epsilon_low, float epsilon_high, float dual_clip, float log_ratio_clamp, bool "
+      "sequence_ratio,"
+      " bool sequence_mean, bool per_token) -> (Tensor, Tensor, Tensor)");
+  m.def("policy_loss_bwd(Tensor dloss, Tensor slope, Tensor? mask, Tensor cu_seqlens) -> Tensor");
+  m.def(
+      "value_loss_fwd(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor cu_seqlens,"
+      " float epsilon, bool sequence_mean, bool per_token) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&rpp::cpu_capability));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CPU, m) {
+  m.impl("logps_fwd", TORCH_BOX(&rpp::logps_fwd));
+  m.impl("logps_bwd_out", TORCH_BOX(&rpp::logps_bwd_out));
+  m.impl("kl_fwd", TORCH_BOX(&rpp::kl_fwd));
+  m.impl("kl_bwd", TORCH_BOX(&rpp::kl_bwd));
+  m.impl("token_rewards_fwd", TORCH_BOX(&rpp::token_rewards_fwd));
+  m.impl("token_rewards_bwd", TORCH_BOX(&rpp::token_rewards_bwd));
+  m.impl("returns_fwd", TORCH_BOX(&rpp::returns_fwd));
+  m.impl("returns_bwd", TORCH_BOX(&rpp::returns_bwd));
+  m.impl("gae_fwd", TORCH_BOX(&rpp::gae_fwd));
+  m.impl("gae_bwd", TORCH_BOX(&rpp::gae_bwd));
+  m.impl("moments", TORCH_BOX(&rpp::moments));
+  m.impl("whiten_out", TORCH_BOX(&rpp::whiten_out));
+  m.impl("whiten_bwd", TORCH_BOX(&rpp::whiten_bwd));
+  m.impl("reinforce_pp_fwd", TORCH_BOX(&rpp::reinforce_pp_fwd));
+  m.impl("group_advantages_fwd", TORCH_BOX(&rpp::group_advantages_fwd));
+  m.impl("group_advantages_bwd", TORCH_BOX(&rpp::group_advantages_bwd));
+  m.impl("policy_loss_fwd", TORCH_BOX(&rpp::policy_loss_fwd));
+  m.impl("policy_loss_bwd", TORCH_BOX(&rpp::policy_loss_bwd));
+  m.impl("value_loss_fwd", TORCH_BOX(&rpp::value_loss_fwd));
+}
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,75 @@
+"""The only place that chooses which backend runs an op.
+
+A backend is an object with one function for each kernel (`logps_fwd`, `kl_bwd`, ...), all of one meaning; `native` is
+C++. "reference" is not one of those: the public function then runs the spec itself, and PyTorch's autograd with it.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from rpp_kernels.backends import native
+
+NAMES = ("native", "reference")
+
+# For each device type the backends that may serve it, best first.
+_PREFERENCE = {"cpu": ("native", "reference")}
+_ANYWHERE = ("reference",)
+
+_VARIABLE = "RPP_KERNELS_BACKEND"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: unknown backend {name!r}, want one of {', '.join(NAMES)}")
+    return name
+
+
+# A plain global and no ContextVar, so that torch.compile guards on it and recompiles when it changes.
+_forced: str | None = _checked(os.environ[_VARIABLE], _VARIABLE) if os.environ.get(_VARIABLE) else None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within `with use_backend("reference"):` every op of this process runs on that backend, or raises RuntimeError.
+
+    The choice is made when a public function is called; its backward stays with the backend that ran its forward. The
+    environment variable RPP_KERNELS_BACKEND makes the same choice for a whole process. Raises ValueError for a name
+    that is not in `rpp_kernels.backends.NAMES`.
+    """
+    global _forced
+    previous, _forced = _forced, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def backend_of(x: Tensor) -> str:
+    """The backend that serves tensors on the device of `x`: the forced one, or the best that works here."""
+    device = x.device.type
+    served = _PREFERENCE.get(device, _ANYWHERE)
+    if _forced is not None:
+        reason = why_not(_forced, device)
+        if reason:
+            raise RuntimeError(f"backend {_forced!r} was asked for and cannot run: {reason}")
+        return _forced
+    for name in served:
+        if not why_not(name, device):
+            return name
+    raise AssertionError("the reference runs everywhere")
+
+
+def why_not(name: str, device: str) -> str | None:
+    """Why a backend cannot serve a device type, with what to do about it; None where it can."""
+    if name not in _PREFERENCE.get(device, _ANYWHERE):
+        return f"it has no kernels for {device} tensors"
+    return native.PROBLEM if name == "native" else None
+
+
+def kernels(name: str) -> Any:
+    """The kernels of a backend that `backend_of` has chosen."""
+    return {"native": native.kernels}[name]

@@ -1,0 +1,34 @@
+"""The public functions, one file a concept: checks, then a custom op with its fake kernel and its autograd.
+
+Kernels see flat (T,) tensors and `cu_seqlens`; the name of the backend travels with the op, from the forward to the
+backward. `kernel_op` is how such an op is made.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("rpp_kernels", "DEF")  # type: ignore[no-untyped-call]
+
+
+def kernel_op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the function as torch.ops.rpp_kernels.<its name>; `fake` gives the shapes of its results.
+
+    This is torch.library.custom_op without its Python wrappers around each call, which cost 25 us where the call itself
+    takes 12.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"rpp_kernels::{name}", fake, lib=_LIBRARY)
+        op: Callable[..., Any] = getattr(torch.ops.rpp_kernels, name).default
+        return op
+
+    return register
+
+
+def register_gradient(op: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)  # type: ignore[arg-type]

@@ -1,0 +1,1289 @@
+"""The specification, held to numbers worked out by hand and to identities from the papers.
+
+Three parts: golden values (the arithmetic is in the comments), identities, and properties of random ragged batches.
+Nothing here was obtained by running the code under test.
+"""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Batch, packed, permuted, poisoned, ragged_batches, random_batch, rows
+from torch import Tensor
+
+from rpp_kernels import reference
+
+LN2, LN3, LN6 = 0.693147, 1.098612, 1.791759
+REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+
+assert_close = torch.testing.assert_close
+assert_golden = partial(assert_close, rtol=1e-5, atol=2e-6)
+few_examples = settings(max_examples=12, derandomize=True, deadline=None, database=None)
+
+# A full sequence; one with a hole (a tool call); an empty one; one that is padded on the left and has a hole.
+MASK = torch.tensor(
+    [
+        [1, 1, 1, 1, 1],
+        [1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0],
+        [0, 1, 0, 1, 1],
+    ]
+).bool()
+LENGTHS = torch.tensor([5, 4, 0, 5])
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return random_batch(MASK, LENGTHS)
+
+
+def f32(*rows) -> Tensor:
+    """Of the rows, or of the one nested list."""
+    return torch.tensor(rows if len(rows) > 1 else rows[0], dtype=torch.float32)
+
+
+def bools(*rows) -> Tensor:
+    return f32(*rows).bool()
+
+
+def randn(*shape) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def grad(output: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(output, x)[0]
+
+
+# ---------------------------------------------------------------- golden values: log-probs
+
+
+def test_logps_from_logits_golden():
+    # exp of the logits is 1, 2, 3: their sum is 6, so lse = ln 6 and the probabilities are 1/6, 1/3, 1/2.
+    # entropy = ln 6 - (2 ln 2 + 3 ln 3) / 6 = 1.791759 - (1.386294 + 3.295837) / 6 = 1.011404
+    logits = f32([0, LN2, LN3], [0, LN2, LN3])
+    out = reference.logps_from_logits(logits, torch.tensor([1, 2]))
+    assert_golden(out.logps, f32([-LN3, -LN2]))  # ln 1/3, ln 1/2
+    assert_golden(out.entropy, f32([1.011404, 1.011404]))
+    assert_golden(out.lse, f32([LN6, LN6]))
+
+
+@pytest.mark.parametrize("temperature", [2.0, torch.tensor(2.0), torch.tensor([2.0])], ids=["float", "0-dim", "1-dim"])
+def test_temperature_divides_the_logits_and_lse_and_entropy_are_of_the_divided_ones(temperature):
+    out = reference.logps_from_logits(f32([[0, 2 * LN2, 2 * LN3]]), torch.tensor([1]), temperature=temperature)
+    assert_golden(out.logps, f32([-LN3]))
+    assert_golden(out.entropy, f32([1.011404]))
+    assert_golden(out.lse, f32([LN6]))
+
+
+def test_each_token_has_its_own_temperature():
+    logits = f32([0, LN2, LN3], [0, 2 * LN2, 2 * LN3])
+    out = reference.logps_from_logits(logits, torch.tensor([0, 2]), temperature=torch.tensor([1.0, 2.0]))
+    assert_golden(out.logps, f32([-LN6, -LN2]))
+
+
+def test_masked_tokens_have_logps_entropy_and_lse_0():
+    out = reference.logps_from_logits(f32([0, LN2], [5, 7]), torch.tensor([1, -100]), bools(1, 0))
+    assert_golden(out.logps, f32([LN2 - LN3, 0]))  # p = 2/3
+    assert_golden(out.entropy, f32([LN3 - 2 / 3 * LN2, 0]))  # (1/3) ln 3 + (2/3) (ln 3 - ln 2)
+    assert_golden(out.lse, f32([LN3, 0]))
+
+
+def test_linear_logps_golden():
+    # hidden @ weight.T = (1, -1, 0); the bias brings it to (0, ln 2, ln 3), as above.
+    hidden_states, weight, bias = f32([[1, -1]]), f32([1, 0], [0, 1], [1, 1]), f32([-1, 1 + LN2, LN3])
+    out = reference.linear_logps(hidden_states, weight, torch.tensor([2]), bias=bias)
+    assert_golden(out.logps, f32([-LN2]))
+    assert_golden(out.entropy, f32([1.011404]))
+    assert_golden(out.lse, f32([LN6]))
+
+
+def test_linear_logps_divides_the_biased_logits_by_the_temperature():
+    hidden_states, weight, bias = f32([[2, -2]]), f32([1, 0], [0, 1], [1, 1]), f32([-2, 2 + 2 * LN2, 2 * LN3])
+    out = reference.linear_logps(hidden_states, weight, torch.tensor([0]), bias=bias, temperature=2.0)
+    assert_golden(out.logps, f32([-LN6]))
+
+
+# ---------------------------------------------------------------- golden values: KL and rewards
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        # d = -1 + 1.5 = 0.5 and d = -2 + 1 = -1
+        ("k1", [0.5, -1.0]),
+        ("k2", [0.125, 0.5]),  # 0.25 / 2, 1 / 2
+        ("k3", [0.106531, 0.718282]),  # 0.606531 - 1 + 0.5, 2.718282 - 1 - 1
+        ("abs", [0.5, 1.0]),
+    ],
+)
+def test_kl_penalty_golden(estimator, expected):
+    kl = reference.kl_penalty(f32([-1, -2]), f32([-1.5, -1]), estimator=estimator)
+    assert_golden(kl, f32(expected))
+
+
+def test_log_ratio_clamp_acts_on_k3_and_kl_clamp_on_the_result():
+    logps, ref_logps = f32([-4, -1]), f32([-1, -4])  # d = -3, 3
+    kl = partial(reference.kl_penalty, logps, ref_logps)
+    assert_golden(kl(estimator="k3", log_ratio_clamp=1.0), f32([0.718282, 0.367879]))  # d = -1: e - 2; d = 1: 1/e
+    assert_golden(kl(estimator="k1", log_ratio_clamp=1.0), f32([-3, 3]))
+    assert_golden(kl(estimator="k1", kl_clamp=2.0), f32([-2, 2]))
+    assert_golden(kl(estimator="k2", kl_clamp=2.0), f32([2, 2]))  # 4.5 before
+    assert_golden(kl(estimator="k3", kl_clamp=5.0), f32([5, 2.049787]))  # e^3 - 4 = 16.1, e^-3 + 2
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("gradient", ESTIMATORS)
+def test_kl_clamp_stops_the_gradient_of_the_estimator_and_of_no_other(estimator, gradient):
+    logps = f32([-4, -1]).requires_grad_()  # d = -3, 3: every estimator is beyond 1
+    kl = partial(reference.kl_penalty, logps, f32([-1, -4]))
+    clamped = kl(estimator=estimator, gradient=gradient, kl_clamp=1.0)
+    assert_close(clamped, kl(estimator=estimator).clamp(-1, 1))
+    expected = torch.zeros(2) if gradient == estimator else grad(kl(estimator=gradient).sum(), logps)
+    assert_close(grad(clamped.sum(), logps), expected)
+
+
+def test_token_rewards_golden():
+    kl = f32([0.5, 1, 0], [0.25, 7, 7], [7, 7, 7], [1, 7, -2])
+    mask = bools([1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 0, 1])
+    rewards = reference.token_rewards(f32([2, -1, 5, 3]), kl, mask, beta=0.1)
+    # -0.05, -0.1, 2 - 0 | -1 - 0.025 | the empty sequence is not paid | -0.1, hole, 3 + 0.2
+    assert_golden(rewards, f32([-0.05, -0.1, 2], [-1.025, 0, 0], [0, 0, 0], [-0.1, 0, 3.2]))
+
+
+def test_token_rewards_golden_packed():
+    rewards = reference.token_rewards(
+        f32([2, 5, -1]), f32([0.5, 1, 0.25, 7]), bools(1, 1, 1, 0), beta=0.1, cu_seqlens=torch.tensor([0, 2, 2, 4])
+    )
+    assert_golden(rewards, f32([-0.05, 1.9, -1.025, 0]))
+
+
+def test_normalize_rewards_golden():
+    # mean 3; deviations -2, -1, 0, 3; variance (4 + 1 + 0 + 9) / 4 = 3.5; std 1.870829
+    scores = f32([1, 2, 3, 6])
+    assert_golden(reference.normalize_rewards(scores), f32([-1.069045, -0.534522, 0, 1.603567]))
+    assert_golden(reference.normalize_rewards(scores, clip=(-1, 1.5), scale=2.0), f32([-2, -1.069045, 0, 3]))
+    assert_golden(reference.normalize_rewards(f32([-20, 3]), zscore=False, scale=0.5), f32([-5, 1.5]))
+    assert_golden(reference.normalize_rewards(f32([-20, 3]), zscore=False, clip=None), f32([-20, 3]))
+    assert_golden(reference.normalize_rewards(f32([2, 2])), f32([0, 0]))
+    assert_golden(reference.normalize_rewards(f32([-1, 1]), eps=4.0), f32([-0.5, 0.5]))  # variance 1, floored at 4
+
+
+# ---------------------------------------------------------------- golden values: returns and advantages
+
+
+@pytest.mark.parametrize(
+    ("gamma", "expected"),
+    [
+        (1.0, [6.0, 5.0, 3.0]),
+        (0.5, [2.75, 3.5, 3.0]),  # 3; 2 + 3 / 2; 1 + 3.5 / 2
+        (0.0, [1.0, 2.0, 3.0]),
+    ],
+)
+def test_returns_golden(gamma, expected):
+    assert_golden(reference.returns(f32([[1, 2, 3]]), gamma=gamma), f32([expected]))
+
+
+def test_returns_carry_through_a_hole_without_discount():
+    # 4; 2 + 4 / 2 = 4; hole; 1 + 4 / 2 = 3
+    rewards, mask = f32([[1, 99, 2, 4]]), bools([1, 0, 1, 1])
+    assert_golden(reference.returns(rewards, mask[None], gamma=0.5), f32([[3, 0, 4, 4]]))
+
+
+def test_returns_do_not_cross_packed_sequences():
+    cu_seqlens = torch.tensor([0, 2, 2, 3])
+    assert_golden(reference.returns(f32([1, 2, 4]), gamma=0.5, cu_seqlens=cu_seqlens), f32([2, 2, 4]))
+
+
+def test_gae_golden():
+    # delta = 1 + 0.5 - 0.5 = 1; 2 + 0.75 - 1 = 1.75; 3 - 1.5 = 1.5.   gamma lambda = 1/4:
+    # A = 1.5; 1.75 + 0.375 = 2.125; 1 + 0.53125 = 1.53125.   returns = A + V
+    out = reference.gae(f32([[1, 2, 3]]), f32([[0.5, 1, 1.5]]), gamma=0.5, gae_lambda=0.5)
+    assert_golden(out.advantages, f32([[1.53125, 2.125, 1.5]]))
+    assert_golden(out.returns, f32([[2.03125, 3.125, 3.0]]))
+
+
+def test_gae_looks_over_a_hole_to_the_next_valid_token():
+    rewards, values, mask = f32([[1, 99, 2, 3, 99]]), f32([[0.5, 99, 1, 1.5, 99]]), bools([1, 0, 1, 1, 0])
+    out = reference.gae(rewards, values, mask[None], gamma=0.5, gae_lambda=0.5)
+    assert_golden(out.advantages, f32([[1.53125, 0, 2.125, 1.5, 0]]))
+    assert_golden(out.returns, f32([[2.03125, 0, 3.125, 3.0, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("eps_mode", "eps", "unbiased", "expected"),
+    [
+        # 2 and 6: mean 4, deviations -2 and 2, variance 8 / 2 = 4, unbiased 8 / 1 = 8
+        ("floor", 1.0, False, 1.0),  # 2 / sqrt 4
+        ("floor", 16.0, False, 0.5),  # 2 / sqrt 16
+        ("floor", 1.0, True, 0.707107),  # 2 / sqrt 8
+        ("add_var", 12.0, False, 0.5),  # 2 / sqrt(4 + 12)
+        ("add_var", 1.0, True, 0.666667),  # 2 / sqrt(8 + 1)
+        ("add_std", 6.0, False, 0.25),  # 2 / (2 + 6)
+        ("add_std", 1.0, True, 0.522408),  # 2 / (2.828427 + 1)
+    ],
+)
+def test_whiten_golden(eps_mode, eps, unbiased, expected):
+    values, mask = f32([2, 99], [6, 99]), bools([1, 0], [1, 0])
+    options = {"eps_mode": eps_mode, "eps": eps, "unbiased": unbiased}
+    assert_golden(reference.whiten(values, mask, **options), f32([-expected, 0], [expected, 0]))
+    assert_golden(
+        reference.whiten(values, mask, shift_mean=False, **options), f32([4 - expected, 0], [4 + expected, 0])
+    )
+
+
+def test_whiten_defaults_are_those_of_openrlhf():
+    # deviations of (1, 2, 3, 6) over their population std sqrt 3.5, as for normalize_rewards
+    assert_golden(reference.whiten(f32([1, 2, 3, 6])), f32([-1.069045, -0.534522, 0, 1.603567]))
+
+
+@pytest.mark.parametrize("eps_mode", ["floor", "add_var", "add_std"])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_whiten_of_one_element_is_0_or_its_mean(eps_mode, unbiased):
+    values, mask = f32([3, 99]), bools(1, 0)
+    assert_golden(reference.whiten(values, mask, unbiased=unbiased, eps_mode=eps_mode), f32([0, 0]))
+    assert_golden(reference.whiten(values, mask, unbiased=unbiased, eps_mode=eps_mode, shift_mean=False), f32([3, 0]))
+
+
+# Two groups of three: (1, 2, 6) with mean 3, squares 4 + 1 + 9 = 14; (0, 0, 3) with mean 1, squares 1 + 1 + 4 = 6.
+GROUPED = (1, 2, 6, 0, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [-2, -1, 3, -1, -1, 2]),
+        # 1 - 4, 2 - 3.5, 6 - 1.5; 0 - 1.5, 0 - 1.5, 3 - 0
+        ({"baseline": "leave-one-out"}, [-3, -1.5, 4.5, -1.5, -1.5, 3]),
+        # unbiased std: sqrt(14 / 2) = 2.645751, sqrt(6 / 2) = 1.732051
+        ({"std": "group", "eps": 1e-6}, [-0.755929, -0.377964, 1.133893, -0.577350, -0.577350, 1.154700]),
+        ({"std": "group", "eps": 1.0}, [-0.548584, -0.274292, 0.822876, -0.366025, -0.366025, 0.732051]),
+        # population std: sqrt(14 / 3) = 2.160247, sqrt(6 / 3) = 1.414214
+        (
+            {"std": "group", "eps": 1e-6, "unbiased": False},
+            [-0.925820, -0.462910, 1.388730, -0.707106, -0.707106, 1.414213],
+        ),
+        # the spread is about the group's own mean whatever the baseline: -3 / 2.645751, ...
+        (
+            {"std": "group", "eps": 1e-6, "baseline": "leave-one-out"},
+            [-1.133893, -0.566946, 1.700840, -0.866025, -0.866025, 1.732050],
+        ),
+        # all six: mean 2, squares 1 + 0 + 16 + 4 + 4 + 1 = 26; std sqrt(26 / 5) = 2.280351
+        ({"std": "batch", "eps": 1e-6}, [-0.877058, -0.438529, 1.315587, -0.438529, -0.438529, 0.877058]),
+        # sqrt(26 / 6) = 2.081666; 2 / 3.081666 = 0.649000
+        ({"std": "batch", "eps": 1.0, "unbiased": False}, [-0.649, -0.3245, 0.9735, -0.3245, -0.3245, 0.649]),
+    ],
+)
+def test_group_advantages_golden(options, expected):
+    expected = f32(expected)
+    assert_golden(reference.group_advantages(f32(GROUPED), group_size=3, **options), expected)
+    # The same two groups with their members apart and under any names.
+    order = torch.tensor([3, 0, 1, 4, 2, 5])
+    group_ids = torch.tensor([9, 9, 9, -4, -4, -4])[order]
+    shuffled = reference.group_advantages(f32(GROUPED)[order], group_ids=group_ids, **options)
+    assert_golden(shuffled, expected[order])
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
+@pytest.mark.parametrize("std", ["none", "group"])
+@pytest.mark.parametrize(("singleton", "alone"), [("zero", 0.0), ("keep", 5.0)])
+def test_a_group_of_one_gets_0_or_its_score(baseline, std, singleton, alone):
+    out = reference.group_advantages(
+        f32([1, 5, 3]), group_ids=torch.tensor([0, 1, 0]), baseline=baseline, std=std, singleton=singleton
+    )
+    pair = 1.0 if baseline == "mean" else 2.0  # 3 - (1 + 3) / 2, or 3 - 1
+    if std == "group":
+        pair /= 1.414215  # unbiased std of 1 and 3, plus 1e-6
+    assert_golden(out, f32([-pair, alone, pair]))
+
+
+def test_reinforce_pp_advantages_golden():
+    # KL k1: (0.5, -0.5), (1). rewards with beta 0.2: (-0.1, 1 + 0.1), (0 - 0.2). returns: (1, 1.1), (-0.2).
+    # mean 1.9 / 3 = 0.633333; deviations 0.366667, 0.466667, -0.833333; variance 1.046667 / 3; std 0.590668
+    old_logps, ref_logps = f32([-1, -1], [-1, 99]), f32([-1.5, -0.5], [-2, 99])
+    advantages = reference.reinforce_pp_advantages(f32([1, 0]), old_logps, ref_logps, bools([1, 1], [1, 0]), beta=0.2)
+    assert_golden(advantages, f32([0.620766, 0.790066], [-1.410832, 0]))
+    # gamma 1/2. returns: (-0.1 + 0.55, 1.1), (-0.2); mean 0.45; deviations 0, 0.65, -0.65; variance 0.845 / 3
+    advantages = reference.reinforce_pp_advantages(
+        f32([1, 0]), old_logps, ref_logps, bools([1, 1], [1, 0]), beta=0.2, gamma=0.5
+    )
+    assert_golden(advantages, f32([0, 1.224745], [-1.224745, 0]))
+
+
+def test_reinforce_pp_advantages_without_a_reference_is_the_whitened_score():
+    # three tokens of score 1, one of score -3: mean 0, variance (1 + 1 + 1 + 9) / 4 = 3
+    logps, mask = f32([-1, -2, -3], [-4, 99, 99]), bools([1, 1, 1], [1, 0, 0])
+    advantages = reference.reinforce_pp_advantages(f32([1, -3]), logps, None, mask, beta=0.0)
+    assert_golden(advantages, f32([0.577350, 0.577350, 0.577350], [-1.732051, 0, 0]))
+
+
+# ---------------------------------------------------------------- golden values: losses
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "options", "loss", "fate"),
+    [
+        (1.5, 2, {}, -2.4, "clipped_high"),  # min(3, 1.2 * 2)
+        (0.5, 2, {}, -1.0, None),  # min(1, 0.8 * 2)
+        (1.1, 2, {}, -2.2, None),
+        (1.5, -2, {}, 3.0, None),  # min(-3, -2.4)
+        (0.5, -2, {}, 1.6, "clipped_low"),  # min(-1, -1.6)
+        (1.5, 2, {"epsilon_high": 0.28}, -2.56, "clipped_high"),
+        (1.25, 2, {"epsilon_high": 0.28}, -2.5, None),
+        (0.5, -2, {"epsilon_low": 0.1}, 1.8, "clipped_low"),
+        (4.0, -2, {}, 8.0, None),
+        (4.0, -2, {"dual_clip": 3.0}, 6.0, "dual_clipped"),  # max(min(-8, -2.4), 3 * -2)
+        (2.0, -2, {"dual_clip": 3.0}, 4.0, None),
+        (4.0, 2, {"dual_clip": 3.0}, -2.4, "clipped_high"),  # dual clip is for A < 0
+        (1.5, 0, {}, 0.0, None),
+        (0.5, 0, {}, 0.0, None),
+        (math.exp(3), -1, {"log_ratio_clamp": 1.0}, 2.718282, None),
+    ],
+)
+@pytest.mark.parametrize("level", ["token", "sequence"])  # a sequence of one token is that token
+def test_policy_loss_of_one_token_golden(ratio, advantage, options, loss, fate, level):
+    old_logps = f32([[-4]])
+    logps = old_logps + math.log(ratio)
+    out = reference.policy_loss(logps, old_logps, f32([[advantage]]), importance_sampling_level=level, **options)
+    assert_golden(out.loss, torch.tensor(loss))
+    fates = {name: getattr(out.stats, name).item() for name in ("clipped_low", "clipped_high", "dual_clipped")}
+    assert fates == {name: float(name == fate) for name in fates}
+
+
+REDUCED = {
+    # l = -A: (-1, -2, -3), (), (-4, hole, -2). Five tokens in two sequences; sums -6 and -6, means -2 and -3.
+    ("token-mean", None): -2.4,  # -12 / 5
+    ("token-mean", 8): -1.5,
+    ("seq-mean-token-mean", None): -2.5,  # -(2 + 3) / 2
+    ("seq-mean-token-mean", 4): -1.25,
+    ("seq-mean-token-sum", None): -6.0,  # -(6 + 6) / 2
+    ("seq-mean-token-sum", 4): -3.0,
+    ("seq-mean-token-sum-norm", None): -0.6,  # -12 / (10 * 2)
+    ("seq-mean-token-sum-norm", 4): -0.3,
+}
+
+
+@pytest.mark.parametrize(("reduction", "num_items_in_batch"), REDUCED)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_reductions_golden(reduction, num_items_in_batch, as_tensor):
+    expected = torch.tensor(REDUCED[reduction, num_items_in_batch])
+    if as_tensor and num_items_in_batch is not None:
+        num_items_in_batch = torch.tensor(num_items_in_batch)
+    options = {
+        "reduction": reduction,
+        "num_items_in_batch": num_items_in_batch,
+        "max_completion_length": 10 if reduction.endswith("norm") else None,
+    }
+    mask = bools([1, 1, 1], [0, 0, 0], [1, 0, 1])
+    l_t = f32([-1, -2, -3], [99, 99, 99], [-4, 99, -2])
+    zeros = torch.zeros(3, 3)
+    assert_golden(reference.policy_loss(zeros, zeros, -l_t, mask, **options).loss, expected)
+    # (V - R)^2 / 2 is -l_t for R = 0 and V = sqrt(-2 l_t)
+    values = (-2 * l_t).clamp(min=0).sqrt()
+    assert_golden(reference.value_loss(values, values, zeros, mask, **options).loss, -expected)
+
+
+def test_reduction_none_golden():
+    zeros, mask = torch.zeros(1, 3), bools([[1, 0, 1]])
+    out = reference.policy_loss(zeros, zeros, f32([[1, 99, 3]]), mask, reduction="none")
+    assert_golden(out.loss, f32([[-1, 0, -3]]))
+    values = f32([[2, 99, 1]])
+    out = reference.value_loss(values, values, zeros, mask, reduction="none")
+    assert_golden(out.loss, f32([[2, 0, 0.5]]))
+
+
+@pytest.mark.parametrize(
+    ("d", "advantage", "loss"),
+    [
+        ([math.log(4), 0], 1, -1.2),  # ratio 4^(1/2) = 2, clipped
+        ([math.log(4), 0], -1, 2.0),
+        ([math.log(1.21), 0], 1, -1.1),  # token by token, the first would have been clipped
+        ([-math.log(4), 0], -1, 0.8),  # ratio 1/2
+    ],
+)
+def test_sequence_level_ratio_is_the_geometric_mean_over_valid_tokens(d, advantage, loss):
+    logps, mask = f32([[*d, 99]]), bools([[1, 1, 0]])
+    for advantages in (f32([advantage]), f32([[advantage] * 3])):
+        out = reference.policy_loss(logps, torch.zeros(1, 3), advantages, mask, importance_sampling_level="sequence")
+        assert_golden(out.loss, torch.tensor(float(loss)))
+
+
+def test_sequence_level_clamps_the_mean_and_not_its_terms():
+    # The mean of (3, -1) is 1, so the ratio is e. Clamped term by term to +-1 it would be e^0.
+    options = {"importance_sampling_level": "sequence", "log_ratio_clamp": 1.0}
+    out = reference.policy_loss(f32([[3, -1]]), torch.zeros(1, 2), f32([-1]), **options)
+    assert_golden(out.loss, torch.tensor(2.718282))
+    out = reference.policy_loss(f32([[9, 1]]), torch.zeros(1, 2), f32([-1]), **options)
+    assert_golden(out.loss, torch.tensor(2.718282))
+
+
+def test_policy_stats_golden():
+    ratios = torch.tensor([[1.5, 0.5, 4.0], [0.5, 2.0, 99.0], [99.0, 99.0, 99.0]])
+    advantages, mask = f32([1, -1, -1], [1, -1, 99], [99, 99, 99]), bools([1, 1, 1], [1, 1, 0], [0, 0, 0])
+    stats = reference.policy_loss(ratios.log(), torch.zeros(3, 3), advantages, mask, dual_clip=3.0).stats
+    expected = reference.PolicyStats(
+        num_tokens=torch.tensor(5.0),
+        num_sequences=torch.tensor(2.0),
+        clipped_low=torch.tensor(1.0),  # 0.5 with A < 0
+        clipped_high=torch.tensor(1.0),  # 1.5 with A > 0
+        dual_clipped=torch.tensor(1.0),  # 4 with A < 0
+        ratio=torch.tensor(8.5),  # 1.5 + 0.5 + 4 + 0.5 + 2
+        approx_kl=torch.tensor(-1.098612),  # -ln(1.5 * 0.5 * 4 * 0.5 * 2) = -ln 3
+    )
+    assert_golden(stats, reference.PolicyStats(*(x.double() for x in expected)))
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "epsilon", "loss", "clipped"),
+    [
+        (1.0, 3.0, 0.2, 3.92, 1),  # clipped value 0.2: (0.2 - 3)^2 / 2, against 2
+        (1.0, -1.0, 0.2, 2.0, 0),  # (1 + 1)^2 / 2, against 0.72
+        (-1.0, -3.0, 0.2, 3.92, 1),
+        (0.1, 1.0, 0.2, 0.405, 0),  # within epsilon: 0.9^2 / 2
+        (1.0, 3.0, None, 2.0, 0),
+    ],
+)
+def test_value_loss_of_one_token_golden(value, target, epsilon, loss, clipped):
+    out = reference.value_loss(f32([[value]]), f32([[0]]), f32([[target]]), epsilon=epsilon)
+    assert_golden(out.loss, torch.tensor(loss))
+    assert out.stats.clipped.item() == clipped
+    assert_golden(out.stats.squared_error.item(), (value - target) ** 2)
+
+
+def test_value_stats_golden():
+    values, mask = f32([1, 1, 99], [99, 99, 99]), bools([1, 1, 0], [0, 0, 0])
+    stats = reference.value_loss(values, torch.zeros(2, 3), f32([3, -1, 99], [99, 99, 99]), mask).stats
+    expected = (2.0, 1.0, 1.0, 8.0)  # two tokens of one sequence, one clipped, 4 + 4
+    assert_golden(stats, reference.ValueStats(*(torch.tensor(x).double() for x in expected)))
+
+
+# ---------------------------------------------------------------- identities: log-probs
+
+
+@pytest.mark.parametrize("V", [1, 2, 7, 1000])
+def test_uniform_logits_have_entropy_log_V(V):
+    out = reference.logps_from_logits(torch.full((2, V), 3.0), torch.tensor([0, V - 1]))
+    assert_close(out.entropy, torch.full((2,), math.log(V)))
+    assert_close(out.logps, torch.full((2,), -math.log(V)))
+    assert_close(out.lse, torch.full((2,), 3.0 + math.log(V)))
+
+
+def test_logps_and_entropy_do_not_change_when_all_logits_shift():
+    logits, target_ids = randn(4, 9), torch.arange(4)
+    out, shifted = (reference.logps_from_logits(x, target_ids) for x in (logits, logits + 300))
+    assert_close(shifted.logps, out.logps)
+    assert_close(shifted.entropy, out.entropy)
+    assert_close(shifted.lse, out.lse + 300)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_logits_masked_by_the_lowest_float_are_as_good_as_minus_infinity(temperature):
+    # What `masked_fill(finfo.min)` leaves; half of it as a temperature overflows to -inf.
+    logits = f32([[0, temperature * LN2, torch.finfo(torch.float32).min, temperature * LN3]]).requires_grad_()
+    out = reference.logps_from_logits(logits, torch.tensor([3]), temperature=temperature)
+    assert_golden(out.logps, f32([-LN2]))
+    assert_golden(out.entropy, f32([1.011404]))
+    assert grad(out.logps.sum() + out.entropy.sum(), logits).isfinite().all()
+
+
+def test_large_logits_do_not_overflow():
+    out = reference.logps_from_logits(f32([1e30, 0, -1e30], [1e30, 0, -1e30]), torch.tensor([0, 1]))
+    assert_close(out.logps, f32([0, -1e30]))
+    assert_close(out.entropy, f32([0, 0]))
+
+
+def test_logps_gradient_is_one_hot_minus_p_and_entropy_gradient_is_its_closed_form():
+    logits = randn(5, 6).requires_grad_()
+    target_ids = torch.tensor([0, 5, 2, 2, 1])
+    out = reference.logps_from_logits(logits, target_ids, temperature=0.5)
+    p = (logits.detach() / 0.5).softmax(-1)
+    one_hot = torch.nn.functional.one_hot(target_ids, 6)
+    assert_close(torch.autograd.grad(out.logps.sum(), logits, retain_graph=True)[0], (one_hot - p) / 0.5)
+    # dH/dz_j = -p_j (log p_j + H)
+    dentropy = -p * (p.log() + out.entropy.detach()[:, None]) / 0.5
+    assert_close(torch.autograd.grad(out.entropy.sum(), logits, retain_graph=True)[0], dentropy)
+    assert_close(torch.autograd.grad(out.lse.sum(), logits)[0], p / 0.5)
+
+
+def test_a_logit_of_minus_infinity_has_probability_0_and_finite_entropy_and_gradients():
+    logits = f32([0, LN2, -torch.inf, LN3], [-torch.inf, 1, -torch.inf, -torch.inf]).requires_grad_()
+    out = reference.logps_from_logits(logits, torch.tensor([3, 1]))
+    assert_golden(out.logps, f32([-LN2, 0]))
+    assert_golden(out.entropy, f32([1.011404, 0]))
+    gradient = grad(out.logps.sum() + out.entropy.sum() + out.lse.sum(), logits)
+    assert gradient.isfinite().all()
+    assert (gradient[logits == -torch.inf] == 0).all()
+
+
+def test_a_target_of_probability_0_has_logps_minus_infinity_and_a_finite_gradient():
+    logits = f32([[0, -torch.inf, 0]]).requires_grad_()
+    out = reference.logps_from_logits(logits, torch.tensor([1]))
+    assert out.logps.item() == -torch.inf
+    assert_golden(grad(out.logps.sum(), logits), f32([[-0.5, 1, -0.5]]))  # one_hot - p
+
+
+def test_linear_logps_is_logps_from_logits_of_the_product(batch):
+    x = {k: batch.tensors[k].requires_grad_() for k in ("hidden_states", "weight", "bias")}
+    ids = batch.tensors["target_ids"]
+    fused = reference.linear_logps(x["hidden_states"], x["weight"], ids, MASK, bias=x["bias"], temperature=0.7)
+    logits = torch.nn.functional.linear(x["hidden_states"], x["weight"], x["bias"])
+    plain = reference.logps_from_logits(logits, ids, MASK, temperature=0.7)
+    assert_close(fused, plain)
+    objectives = ((out.logps.sin() + out.entropy * out.lse).sum() for out in (fused, plain))
+    assert_close(*(torch.autograd.grad(o, list(x.values())) for o in objectives))
+
+
+# ---------------------------------------------------------------- identities: KL
+
+
+@pytest.fixture
+def small_softmax():
+    """Parameters of a policy over five tokens, its log-probs, and those of a reference."""
+    theta = torch.tensor([0.3, -1.0, 0.8, 0.0, 1.5], dtype=torch.float64, requires_grad=True)
+    ref_logps = torch.tensor([1.0, 0.2, -0.7, 0.4, 0.1], dtype=torch.float64).log_softmax(0)
+    return theta, theta.log_softmax(0), ref_logps
+
+
+def expected_gradient(theta, logps, kl):
+    """E_pi[grad kl]: every token once, weighted by its probability, which is not differentiated."""
+    return torch.autograd.grad((logps.exp().detach() * kl).sum(), theta, retain_graph=True)[0]
+
+
+def test_the_expectation_of_k1_and_of_k3_is_the_kl_divergence(small_softmax):
+    _, logps, ref_logps = small_softmax
+    kl = (logps.exp() * (logps - ref_logps)).sum()
+    for estimator in ("k1", "k3"):
+        assert_close((logps.exp() * reference.kl_penalty(logps, ref_logps, estimator=estimator)).sum(), kl)
+
+
+def test_the_expected_gradient_of_k2_is_the_gradient_of_the_reverse_kl(small_softmax):
+    theta, logps, ref_logps = small_softmax
+    k2 = reference.kl_penalty(logps, ref_logps, estimator="k2")
+    reverse_kl = (logps.exp() * (logps - ref_logps)).sum()
+    assert_close(expected_gradient(theta, logps, k2), grad(reverse_kl, theta))
+
+
+def test_the_expected_gradient_of_k1_is_0(small_softmax):
+    theta, logps, ref_logps = small_softmax
+    k1 = reference.kl_penalty(logps, ref_logps, estimator="k1")
+    assert_close(expected_gradient(theta, logps, k1), torch.zeros_like(theta))
+
+
+def test_the_expected_gradient_of_k3_is_that_of_the_forward_kl_instead(small_softmax):
+    theta, logps, ref_logps = small_softmax
+    k3 = reference.kl_penalty(logps, ref_logps, estimator="k3")
+    gradient = expected_gradient(theta, logps, k3)
+    forward_kl = (ref_logps.exp() * (ref_logps - logps)).sum()
+    assert_close(gradient, torch.autograd.grad(forward_kl, theta, retain_graph=True)[0])
+    reverse_kl = (logps.exp() * (logps - ref_logps)).sum()
+    assert not torch.allclose(gradient, grad(reverse_kl, theta), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "derivative"),
+    [
+        ("k1", torch.ones_like),
+        ("k2", lambda d: d),
+        ("k3", lambda d: 1 - (-d).exp()),
+        ("abs", torch.sign),
+    ],
+)
+def test_gradient_of_each_estimator(estimator, derivative):
+    logps = -torch.linspace(0.1, 3.0, 8, dtype=torch.float64)
+    ref_logps = logps.flip(0)
+    leaf = logps.clone().requires_grad_()
+    kl = reference.kl_penalty(leaf, ref_logps, estimator=estimator)
+    assert_close(grad(kl.sum(), leaf), derivative(logps - ref_logps))
+
+
+@pytest.mark.parametrize("gradient", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_straight_through_has_the_value_of_one_estimator_and_the_gradient_of_another(batch, estimator, gradient):
+    logps, ref_logps = batch.tensors["logps"].requires_grad_(), batch.tensors["ref_logps"]
+    kl = partial(reference.kl_penalty, logps, ref_logps, MASK)
+    mixed = kl(estimator=estimator, gradient=gradient)
+    assert_close(mixed, kl(estimator=estimator), rtol=0, atol=0)
+    assert_close(grad(mixed.sin().sum(), logps), grad((mixed.detach().cos() * kl(estimator=gradient)).sum(), logps))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gradient_none_detaches(batch, estimator):
+    logps, ref_logps = batch.tensors["logps"].requires_grad_(), batch.tensors["ref_logps"]
+    kl = reference.kl_penalty(logps, ref_logps, MASK, estimator=estimator, gradient="none")
+    assert not kl.requires_grad
+    assert_close(kl, reference.kl_penalty(logps, ref_logps, MASK, estimator=estimator).detach())
+
+
+def test_k2_k3_and_abs_are_never_negative_and_0_where_the_policies_agree(batch):
+    logps, ref_logps = batch.tensors["logps"].float(), batch.tensors["ref_logps"].float()
+    for estimator in ("k2", "k3", "abs"):
+        assert (reference.kl_penalty(logps, ref_logps, estimator=estimator) >= 0).all()
+        assert (reference.kl_penalty(logps, logps, estimator=estimator) == 0).all()
+
+
+def test_k3_keeps_its_digits_where_the_policies_nearly_agree():
+    # k3 = d^2 / 2 - d^3 / 6 + ...; with d = 2^-12 (exact in float32 at -0.5) that is 2.98e-8, lost by exp(-d) - 1 + d.
+    d = 2.0**-12
+    k3 = reference.kl_penalty(f32([-0.5]), f32([-0.5 - d]), estimator="k3")
+    assert_close(k3.item(), d * d / 2 - d**3 / 6, rtol=2e-3, atol=0)
+
+
+def test_k3_is_finite_for_any_log_probs():
+    logps = f32([-1e30, 0, -torch.inf, -1]).requires_grad_()
+    k3 = reference.kl_penalty(logps, f32([0, -1e30, -1, -torch.inf]), estimator="k3")
+    assert k3.isfinite().all()
+    assert grad(k3.sum(), logps).isfinite().all()
+
+
+# ---------------------------------------------------------------- identities: returns and advantages
+
+
+def test_returns_at_gamma_1_is_the_reversed_cumulative_sum_over_valid_tokens(batch):
+    rewards = batch.tensors["rewards"] * MASK
+    assert_close(reference.returns(rewards, MASK), rewards.flip(1).cumsum(1).flip(1) * MASK)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+def test_gae_at_lambda_1_is_returns_minus_values(batch, gamma):
+    rewards, values = batch.tensors["rewards"], batch.tensors["values"]
+    out = reference.gae(rewards, values, MASK, gamma=gamma)
+    returns = reference.returns(rewards, MASK, gamma=gamma)
+    assert_close(out.advantages, (returns - values) * MASK)
+    assert_close(out.returns, returns)
+
+
+def test_gae_at_lambda_0_is_the_td_residual(batch):
+    rewards, values = batch.tensors["rewards"], batch.tensors["values"]
+    out = reference.gae(rewards, values, MASK, gamma=0.9, gae_lambda=0.0)
+    for i, valid in enumerate(MASK):
+        r, v = rewards[i, valid], values[i, valid]
+        next_v = torch.cat([v[1:], v.new_zeros(1)])[: v.numel()]
+        assert_close(out.advantages[i, valid], r + 0.9 * next_v - v)
+
+
+def test_gae_of_a_perfect_critic_is_0_for_every_lambda(batch):
+    rewards = batch.tensors["rewards"]
+    values = reference.returns(rewards, MASK, gamma=0.9)
+    for gae_lambda in (0.0, 0.5, 1.0):
+        advantages = reference.gae(rewards, values, MASK, gamma=0.9, gae_lambda=gae_lambda).advantages
+        assert_close(advantages, torch.zeros_like(rewards))
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_whitened_values_have_mean_0_and_variance_1(batch, unbiased):
+    whitened = reference.whiten(7 + 5 * batch.tensors["advantages"], MASK, unbiased=unbiased)[MASK]
+    assert_close(whitened.mean(), torch.zeros_like(whitened[0]))
+    assert_close(whitened.var(unbiased=unbiased), torch.ones_like(whitened[0]))
+
+
+def test_whiten_forgets_scale_and_offset_and_keeps_the_mean_when_asked(batch):
+    values = batch.tensors["advantages"]
+    whitened = reference.whiten(values, MASK)
+    assert_close(reference.whiten(5 * values - 3, MASK), whitened)
+    kept = reference.whiten(values, MASK, shift_mean=False)
+    assert_close(kept[MASK] - whitened[MASK], values[MASK].mean().expand(int(MASK.sum())))
+
+
+@pytest.mark.parametrize("eps_mode", ["floor", "add_var", "add_std"])
+def test_whiten_of_equal_values_is_0_with_a_finite_gradient(eps_mode):
+    values = torch.full((2, 3), 0.5, requires_grad=True)
+    whitened = reference.whiten(values, eps_mode=eps_mode)
+    assert (whitened == 0).all()
+    assert grad((whitened * torch.arange(6.0).reshape(2, 3)).sum(), values).isfinite().all()
+
+
+@pytest.mark.parametrize("k", [2, 3, 8])
+def test_rloo_identity_score_minus_mean_is_a_fraction_of_leave_one_out(k):
+    scores = randn(3 * k)
+    mean = reference.group_advantages(scores, group_size=k)
+    leave_one_out = reference.group_advantages(scores, group_size=k, baseline="leave-one-out")
+    assert_close(mean, (k - 1) / k * leave_one_out)
+    others = torch.stack([torch.cat([g[:i], g[i + 1 :]]).mean() for g in scores.view(3, k) for i in range(k)])
+    assert_close(leave_one_out, scores - others)
+
+
+@pytest.mark.parametrize("std", ["none", "group", "batch"])
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
+def test_group_advantages_sum_to_0_in_each_group_and_forget_an_offset_of_the_prompt(baseline, std):
+    scores = randn(4, 3)
+    options = {"group_size": 3, "baseline": baseline, "std": std}
+    advantages = reference.group_advantages(scores.flatten(), **options)
+    assert_close(advantages.view(4, 3).sum(1), torch.zeros(4, dtype=torch.float64))
+    if std != "batch":  # the spread of the batch does see how far prompts are apart
+        offset = scores + torch.tensor([[0.0], [10.0], [-5.0], [3.0]])
+        assert_close(reference.group_advantages(offset.flatten(), **options), advantages)
+
+
+@pytest.mark.parametrize("std", ["none", "group", "batch"])
+@pytest.mark.parametrize("score", [0.1, 97.3])
+@pytest.mark.parametrize("k", [4, 7, 16])
+def test_a_group_of_equal_scores_has_no_advantage_whatever_the_score(score, k, std):
+    # The rounding of the mean, over std + 1e-6, must not become a signal.
+    advantages = reference.group_advantages(f32([score] * k), group_size=k, std=std)
+    assert_close(advantages, torch.zeros(k), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("std", ["none", "group", "batch"])
+def test_groups_of_equal_scores_have_a_finite_gradient(std):
+    scores = f32([0.5, 0.5, 0.5, 1, 2, 3]).requires_grad_()
+    advantages = reference.group_advantages(scores, group_size=3, std=std)
+    assert grad((advantages * f32(GROUPED)).sum(), scores).isfinite().all()
+
+
+def test_reinforce_pp_closed_form(batch):
+    # [R++] eq. 7: A_t = score - beta * sum over i >= t of log(old / ref), then eq. 8 over all valid tokens
+    scores, old_logps, ref_logps = (batch.tensors[k] for k in ("scores", "old_logps", "ref_logps"))
+    k1 = (old_logps - ref_logps) * MASK
+    advantages = (scores[:, None] - 0.3 * k1.flip(1).cumsum(1).flip(1))[MASK]
+    expected = (advantages - advantages.mean()) / advantages.std(unbiased=False)
+    actual = reference.reinforce_pp_advantages(scores, old_logps, ref_logps, MASK, beta=0.3)
+    assert_close(actual[MASK], expected)
+
+
+@pytest.mark.parametrize("kl_estimator", ESTIMATORS)
+@pytest.mark.parametrize("kl_clamp", [None, 0.2])
+def test_reinforce_pp_is_the_chain_of_its_parts(batch, kl_estimator, kl_clamp):
+    scores, old_logps, ref_logps = (batch.tensors[k] for k in ("scores", "old_logps", "ref_logps"))
+    kl = reference.kl_penalty(old_logps, ref_logps, MASK, estimator=kl_estimator, kl_clamp=kl_clamp)
+    rewards = reference.token_rewards(scores, kl, MASK, beta=0.3)
+    expected = reference.whiten(reference.returns(rewards, MASK, gamma=0.9), MASK, eps=0.5)
+    actual = reference.reinforce_pp_advantages(
+        scores, old_logps, ref_logps, MASK, beta=0.3, gamma=0.9, kl_estimator=kl_estimator, kl_clamp=kl_clamp, eps=0.5
+    )
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_reinforce_pp_baseline_is_group_advantages_then_reinforce_pp_without_kl(batch):
+    # [R++ v9] eq. 6-7: R - mean of the group, one value for each token of the sequence, normalised over valid tokens
+    scores = f32(GROUPED)
+    mask = bools([1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 0, 1], [1, 1, 1], [0, 0, 1])
+    logps = torch.zeros(6, 3)
+    centred = reference.group_advantages(scores, group_size=3)
+    actual = reference.reinforce_pp_advantages(centred, logps, None, mask, beta=0.0)
+    tokens = centred[:, None].expand(6, 3)[mask]
+    assert_close(actual[mask], (tokens - tokens.mean()) / tokens.std(unbiased=False))
+
+
+# ---------------------------------------------------------------- identities: policy loss
+
+
+def token_weights(mask: Tensor, reduction: str, max_completion_length: int = 7) -> Tensor:
+    """What each l_t is multiplied by in the reduced loss."""
+    tokens = mask.sum(1, keepdim=True).clamp(min=1)
+    weights = {
+        "token-mean": mask / mask.sum(),
+        "seq-mean-token-mean": mask / tokens / mask.any(1).sum(),
+        "seq-mean-token-sum": mask / mask.any(1).sum(),
+        "seq-mean-token-sum-norm": mask / mask.any(1).sum() / max_completion_length,
+    }
+    return weights[reduction].double()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_on_policy_gradient_is_that_of_reinforce(batch, reduction):
+    logps = batch.tensors["logps"].requires_grad_()
+    advantages = batch.tensors["advantages"]
+    loss, stats = reference.policy_loss(logps, logps, advantages, MASK, reduction=reduction, max_completion_length=7)
+    assert_close(stats.ratio, stats.num_tokens)
+    assert stats.approx_kl == stats.clipped_low == stats.clipped_high == 0
+    assert_close(grad(loss, logps), -advantages * token_weights(MASK, reduction), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_on_policy_gradient_at_sequence_level_spreads_the_mean_advantage(batch, reduction):
+    # r_i = exp(mean D), so every token of sequence i receives sum_t(w_t A_t) / n_i; with one A_i and weights that are
+    # equal within a sequence that is REINFORCE again.
+    logps = batch.tensors["logps"].requires_grad_()
+    advantages = batch.tensors["sequence_advantages"]
+    loss, _ = reference.policy_loss(
+        logps,
+        logps,
+        advantages,
+        MASK,
+        reduction=reduction,
+        max_completion_length=7,
+        importance_sampling_level="sequence",
+    )
+    assert_close(grad(loss, logps), -advantages[:, None] * token_weights(MASK, reduction), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "passes"),
+    [
+        (1.3, 2.0, False),  # A > 0, r > 1 + epsilon_high
+        (0.7, -2.0, False),  # A < 0, r < 1 - epsilon_low
+        (0.7, 2.0, True),  # too low for a good token: pull it back
+        (1.3, -2.0, True),  # too high for a bad one
+        (1.1, 2.0, True),
+        (0.9, -2.0, True),
+        (4.0, -2.0, False),  # beyond dual_clip = 3
+        (4.0, 2.0, False),
+        (2.9, -2.0, True),
+    ],
+)
+def test_gradient_is_minus_ratio_times_advantage_or_0_where_clipped(ratio, advantage, passes):
+    logps = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    loss, stats = reference.policy_loss(logps, torch.zeros_like(logps), logps.new_tensor([[advantage]]), dual_clip=3.0)
+    assert_close(grad(loss, logps).item(), -ratio * advantage if passes else 0.0)
+    assert (stats.clipped_low + stats.clipped_high + stats.dual_clipped == 0) == passes
+
+
+def test_dual_clip_bounds_the_loss_and_is_the_two_sided_delta(batch):
+    # algorithms.md 2.6: capping r at delta = c >= 1 + epsilon_high is the same loss.
+    logps, old_logps, advantages = batch.tensors["logps"] * 3, batch.tensors["old_logps"], batch.tensors["advantages"]
+    loss = reference.policy_loss(logps, old_logps, advantages, MASK, dual_clip=1.5, reduction="none").loss
+    ratio = (logps - old_logps).exp()
+    expected = -torch.minimum(ratio.clamp(max=1.5) * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    assert_close(loss, torch.where(MASK, expected, 0.0))
+    assert (loss[MASK] <= 1.5 * advantages[MASK].abs()).all()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_policy_loss_differentiates_logps_only(batch, level):
+    logps, old_logps, advantages = (batch.tensors[k].requires_grad_() for k in ("logps", "old_logps", "advantages"))
+    loss, stats = reference.policy_loss(logps, old_logps, advantages, MASK, importance_sampling_level=level)
+    loss.backward()
+    assert old_logps.grad is None
+    assert advantages.grad is None
+    assert logps.grad.abs().sum() > 0
+    assert not any(s.requires_grad for s in stats)
+
+
+def test_an_advantage_for_each_sequence_is_the_same_as_for_each_of_its_tokens(batch):
+    logps, old_logps, advantages = (batch.tensors[k] for k in ("logps", "old_logps", "sequence_advantages"))
+    for_tokens = reference.policy_loss(logps, old_logps, advantages[:, None].expand_as(logps), MASK)
+    assert_close(reference.policy_loss(logps, old_logps, advantages, MASK), for_tokens)
+    assert_close(reference.policy_loss(logps, old_logps, advantages[:, None], MASK), for_tokens)
+
+
+def test_a_packed_advantage_for_each_sequence_is_a_column_even_where_tokens_are_as_many_as_sequences():
+    # Two tokens of the first sequence, none of the second: (B,) and (T,) have the same shape, (B, 1) is neither.
+    loss = partial(
+        reference.policy_loss, torch.zeros(2), torch.zeros(2), reduction="none", cu_seqlens=torch.tensor([0, 2, 2])
+    )
+    assert_golden(loss(f32([[1], [5]])).loss, f32([-1, -1]))
+    assert_golden(loss(f32([1, 5])).loss, f32([-1, -5]))
+
+
+def test_sequence_level_gradient_agrees_with_finite_differences(batch):
+    logps, old_logps, advantages = (batch.tensors[k] for k in ("logps", "old_logps", "advantages"))
+
+    def loss(x):
+        return reference.policy_loss(
+            x, old_logps, advantages, MASK, importance_sampling_level="sequence", dual_clip=3.0
+        ).loss
+
+    gradient = torch.func.grad(loss)(logps)
+    h = 1e-5
+    differences = torch.zeros_like(logps)
+    for i, t in MASK.nonzero():
+        step = torch.zeros_like(logps)
+        step[i, t] = h
+        differences[i, t] = (loss(logps + step) - loss(logps - step)) / (2 * h)
+    assert_close(gradient, differences, rtol=1e-6, atol=1e-8)
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("d", [-1e4, 1e4])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_runaway_ratios_stay_finite(d, level):
+    logps = f32([[d, d]]).requires_grad_()
+    for advantage in (-1.0, 1.0):
+        loss, stats = reference.policy_loss(logps, torch.zeros(1, 2), f32([advantage]), importance_sampling_level=level)
+        assert loss.isfinite()
+        assert stats.ratio.isfinite()
+        assert grad(loss, logps).isfinite().all()
+
+
+# ---------------------------------------------------------------- identities: value loss
+
+
+def test_value_loss_differentiates_values_only_and_not_where_clipped():
+    values = torch.tensor([[1.0, 1.0, 0.1]], requires_grad=True)
+    old_values, targets = torch.zeros(1, 3, requires_grad=True), f32([[3, -1, 1]]).requires_grad_()
+    reference.value_loss(values, old_values, targets, reduction="seq-mean-token-sum").loss.backward()
+    assert_close(values.grad, f32([[0, 2, -0.9]]))  # clipped; V - R = 1 + 1; 0.1 - 1
+    assert old_values.grad is None
+    assert targets.grad is None
+
+
+def test_values_within_epsilon_of_the_old_ones_are_never_counted_as_clipped():
+    # old + (V - old) may differ from V in the last bit: that must not look like a clip.
+    generator = torch.Generator().manual_seed(0)
+    values, targets = (0.1 * torch.randn(10, 100, generator=generator) for _ in range(2))
+    old_values = values + 0.19 * (2 * torch.rand(10, 100, generator=generator) - 1)
+    loss, stats = reference.value_loss(values, old_values, targets, epsilon=0.2)
+    assert stats.clipped == 0
+    assert_close(loss, reference.value_loss(values, old_values, targets, epsilon=None).loss)
+
+
+# ---------------------------------------------------------------- every op on one kind of batch
+
+
+def call_policy_loss(x, mask, cu_seqlens, advantages="advantages", **options):
+    worth = x[advantages][:, None] if advantages == "sequence_advantages" else x[advantages]
+    return reference.policy_loss(
+        x["logps"], x["old_logps"], worth, mask, max_completion_length=9, cu_seqlens=cu_seqlens, **options
+    )
+
+
+def call_value_loss(x, mask, cu_seqlens, **options):
+    return reference.value_loss(
+        x["values"], x["old_values"], x["returns"], mask, max_completion_length=9, cu_seqlens=cu_seqlens, **options
+    )
+
+
+OPS = {
+    "logps_from_logits": lambda x, mask, _: reference.logps_from_logits(
+        x["logits"], x["target_ids"], mask, temperature=x["temperature"]
+    ),
+    "linear_logps": lambda x, mask, _: reference.linear_logps(
+        x["hidden_states"], x["weight"], x["target_ids"], mask, bias=x["bias"], temperature=0.7
+    ),
+    **{
+        f"kl_penalty {estimator}": lambda x, mask, _, estimator=estimator: reference.kl_penalty(
+            x["logps"], x["ref_logps"], mask, estimator=estimator
+        )
+        for estimator in ESTIMATORS
+    },
+    "kl_penalty k3 with the gradient of k2": lambda x, mask, _: reference.kl_penalty(
+        x["logps"], x["ref_logps"], mask, estimator="k3", gradient="k2", kl_clamp=10.0
+    ),
+    "token_rewards": lambda x, mask, cu_seqlens: reference.token_rewards(
+        x["scores"], x["kl"], mask, beta=0.3, cu_seqlens=cu_seqlens
+    ),
+    "returns": lambda x, mask, cu_seqlens: reference.returns(x["rewards"], mask, gamma=0.9, cu_seqlens=cu_seqlens),
+    "gae": lambda x, mask, cu_seqlens: reference.gae(
+        x["rewards"], x["values"], mask, gamma=0.9, gae_lambda=0.8, cu_seqlens=cu_seqlens
+    ),
+    "whiten": lambda x, mask, _: reference.whiten(x["advantages"], mask),
+    "whiten add_var": lambda x, mask, _: reference.whiten(
+        x["advantages"], mask, unbiased=True, eps_mode="add_var", shift_mean=False
+    ),
+    "whiten add_std": lambda x, mask, _: reference.whiten(x["advantages"], mask, eps=1e-4, eps_mode="add_std"),
+    "reinforce_pp_advantages": lambda x, mask, cu_seqlens: reference.reinforce_pp_advantages(
+        x["scores"], x["old_logps"], x["ref_logps"], mask, beta=0.3, gamma=0.9, cu_seqlens=cu_seqlens
+    ),
+    **{
+        f"policy_loss {reduction}": partial(call_policy_loss, reduction=reduction)
+        for reduction in (*REDUCTIONS, "none")
+    },
+    "policy_loss dual clip": partial(call_policy_loss, dual_clip=1.3, epsilon_high=0.1),
+    "policy_loss sequence level": partial(call_policy_loss, importance_sampling_level="sequence"),
+    "policy_loss advantage per sequence": partial(call_policy_loss, advantages="sequence_advantages"),
+    **{f"value_loss {reduction}": partial(call_value_loss, reduction=reduction) for reduction in (*REDUCTIONS, "none")},
+    "value_loss unclipped": partial(call_value_loss, epsilon=None),
+}
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+
+
+def flat(result) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [x for part in result for x in flat(part)]
+
+
+def evaluate(op, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The results of op, and the gradient of one smooth function of them for every input it has a gradient for."""
+    constants = ("temperature",)
+    x = {
+        name: tensor.detach().clone().requires_grad_(tensor.is_floating_point() and name not in constants)
+        for name, tensor in batch.tensors.items()
+    }
+    outputs = flat(op(x, batch.mask, batch.cu_seqlens))
+    sum((y + 1).sin().sum() for y in outputs if y.requires_grad).backward()
+    return [y.detach() for y in outputs], {name: y.grad for name, y in x.items() if y.grad is not None}
+
+
+def result_dtypes(op, batch: Batch) -> set[torch.dtype]:
+    """Of everything but the stats, which are float64 always."""
+    result = op(batch.tensors, batch.mask, batch.cu_seqlens)
+    return {y.dtype for y in flat(result.loss if hasattr(result, "stats") else result)}
+
+
+def is_per_token(x: Tensor, batch: Batch) -> bool:
+    return x.shape[: batch.mask.dim()] == batch.mask.shape
+
+
+def assert_masked_positions_are_0(op, batch: Batch) -> None:
+    outputs, gradients = evaluate(op, batch)
+    assert all(x.isfinite().all() for x in (*outputs, *gradients.values()))
+    assert all((y[~batch.mask] == 0).all() for y in outputs if is_per_token(y, batch))
+    for name in gradients.keys() - {"weight", "bias", "scores"}:
+        assert (gradients[name][~batch.mask] == 0).all()
+
+
+def assert_padded_equals_packed(op, batch: Batch) -> None:
+    outputs, gradients = evaluate(op, batch)
+    packed_outputs, packed_gradients = evaluate(op, packed(batch))
+    inside = batch.inside
+    assert_close(packed_outputs, [y[inside] if is_per_token(y, batch) else y for y in outputs])
+    apart = {"weight", "bias", "scores"}
+    assert_close(packed_gradients, {k: g if k in apart else g[inside] for k, g in gradients.items()})
+
+
+def assert_poison_does_not_leak(op, batch: Batch, fill: float, layout=lambda batch: batch) -> None:
+    outputs, gradients = evaluate(op, layout(poisoned(batch, fill)))
+    clean_outputs, clean_gradients = evaluate(op, layout(batch))
+    assert_close(outputs, clean_outputs, rtol=0, atol=0)
+    assert_close(gradients, clean_gradients, rtol=0, atol=0)
+
+
+@every_op
+def test_masked_results_and_gradients_are_exactly_0(op, batch):
+    assert_masked_positions_are_0(op, batch)
+
+
+@every_op
+def test_padded_equals_packed(op, batch):
+    assert_padded_equals_packed(op, batch)
+
+
+@every_op
+@pytest.mark.parametrize("layout", [lambda batch: batch, packed], ids=["padded", "packed"])
+@pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf])
+def test_poison_at_masked_positions_does_not_leak(op, batch, layout, fill):
+    assert_poison_does_not_leak(op, batch, fill, layout)
+
+
+@every_op
+def test_no_mask_is_a_mask_of_ones(op):
+    ones = torch.ones(3, 4, dtype=torch.bool)
+    batch = random_batch(ones, torch.tensor([4, 4, 4]))
+    assert_close(evaluate(op, batch._replace(mask=None)), evaluate(op, batch), rtol=0, atol=0)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_are_widened_before_any_arithmetic(op, dtype):
+    half = random_batch(MASK.repeat(9, 1), LENGTHS.repeat(9), dtype=dtype)
+    wide = half._replace(tensors={k: x.float() if x.is_floating_point() else x for k, x in half.tensors.items()})
+    outputs, gradients = evaluate(op, half)
+    wide_outputs, wide_gradients = evaluate(op, wide)
+    assert result_dtypes(op, half) == {torch.float32}
+    assert_close(outputs, wide_outputs, rtol=0, atol=0)
+    assert_close(gradients, {k: g.to(dtype) for k, g in wide_gradients.items()})
+
+
+def test_half_precision_log_ratio_is_not_rounded_to_half():
+    # 8 - 2^-7 takes ten bits, and bfloat16 has eight.
+    logps, old_logps = f32([[-8]]).bfloat16(), f32([[-0.0078125]]).bfloat16()
+    stats = reference.policy_loss(logps, old_logps, f32([[1]])).stats
+    assert stats.approx_kl.item() == 7.9921875
+
+
+@every_op
+def test_results_of_float64_are_float64(op, batch):
+    assert result_dtypes(op, batch) == {torch.float64}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", [call_policy_loss, call_value_loss])
+def test_stats_are_float64_whatever_the_input(loss, dtype):
+    batch = random_batch(MASK, LENGTHS, dtype=dtype)
+    assert {x.dtype for x in loss(batch.tensors, batch.mask, None).stats} == {torch.float64}
+
+
+@every_op
+def test_no_input_is_changed(op, batch):
+    before = {k: x.clone() for k, x in batch.tensors.items()}
+    evaluate(op, batch)
+    assert_close(batch.tensors, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(OPS.keys() - {"kl_penalty k3 with the gradient of k2"}))
+@pytest.mark.parametrize("layout", [lambda batch: batch, packed], ids=["padded", "packed"])
+def test_gradcheck(name, layout):
+    op = OPS[name]
+    mask = bools([1, 0, 1], [1, 1, 0])
+    batch = layout(random_batch(mask, torch.tensor([3, 2]), vocab=3, seed=3))
+    _, gradients = evaluate(op, batch)
+    names = sorted(gradients)
+
+    def function(*inputs):
+        outputs = flat(op({**batch.tensors, **dict(zip(names, inputs, strict=True))}, batch.mask, batch.cu_seqlens))
+        return tuple(y for y in outputs if y.requires_grad)
+
+    inputs = tuple(batch.tensors[name].clone().requires_grad_() for name in names)
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("std", ["none", "group", "batch"])
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
+def test_gradcheck_of_score_functions(baseline, std):
+    scores = torch.tensor([1.0, 2.5, -0.3, 0.4, 0.9, 7.0], dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([0, 1, 0, 1, 0, 2])
+    function = partial(reference.group_advantages, group_ids=ids, baseline=baseline, std=std)
+    assert torch.autograd.gradcheck(function, scores)
+    assert torch.autograd.gradcheck(partial(reference.normalize_rewards, clip=(-1.0, 0.9), scale=2.0), scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_scores_of_any_type_give_float32(dtype):
+    scores = torch.tensor([1, 2, 6, 0, 0, 3]).to(dtype)
+    assert_golden(reference.group_advantages(scores, group_size=3), f32([-2, -1, 3, -1, -1, 2]))
+    assert reference.normalize_rewards(scores).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- micro-batches
+
+
+SPLITTABLE = {
+    "policy_loss": call_policy_loss,
+    "policy_loss sequence level": partial(call_policy_loss, importance_sampling_level="sequence"),
+    "policy_loss advantage per sequence": partial(call_policy_loss, advantages="sequence_advantages", dual_clip=1.3),
+    "value_loss": call_value_loss,
+}
+
+
+def assert_split_equals_whole(loss, reduction: str, batch: Batch, at: int) -> None:
+    items = batch.mask.sum() if reduction == "token-mean" else batch.mask.any(1).sum()
+
+    def differentiate(part: Batch):
+        name = "values" if loss is call_value_loss else "logps"
+        x = {**part.tensors, name: part.tensors[name].clone().requires_grad_()}
+        out = loss(x, part.mask, None, reduction=reduction, num_items_in_batch=items.clamp(min=1))
+        return out, grad(out.loss, x[name])
+
+    whole, whole_gradient = differentiate(batch)
+    parts, gradients = zip(*(differentiate(rows(batch, s)) for s in (slice(at), slice(at, None))), strict=True)
+    assert_close(parts[0].loss + parts[1].loss, whole.loss)
+    total = sum(part.stats for part in parts)
+    assert_close(total, parts[0].stats + parts[1].stats, rtol=0, atol=0)
+    assert_close(total, whole.stats)
+    assert type(total) is type(whole.stats)
+    assert_close(torch.cat(gradients), whole_gradient)
+    alone = loss(batch.tensors, batch.mask, None, reduction=reduction)
+    assert_close(whole, alone)  # the global count of one call is the default
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss", SPLITTABLE.values(), ids=SPLITTABLE.keys())
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_split_batch_equals_whole_batch_given_the_number_of_items(loss, reduction, batch, at):
+    assert_split_equals_whole(loss, reduction, batch, at)
+
+
+# ---------------------------------------------------------------- properties of random ragged batches
+
+
+@every_op
+@few_examples
+@given(batch=ragged_batches())
+def test_property_finite_and_0_where_masked(op, batch):
+    assert_masked_positions_are_0(op, batch)
+
+
+@every_op
+@few_examples
+@given(batch=ragged_batches())
+def test_property_padded_equals_packed(op, batch):
+    assert_padded_equals_packed(op, batch)
+
+
+@every_op
+@few_examples
+@given(batch=ragged_batches(), fill=st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_property_poison_does_not_leak(op, batch, fill):
+    assert_poison_does_not_leak(op, batch, fill)
+
+
+@every_op
+@few_examples
+@given(batch=ragged_batches(), data=st.data())
+def test_property_permuting_sequences_permutes_results(op, batch, data):
+    order = torch.tensor(data.draw(st.permutations(range(batch.mask.shape[0]))))
+    outputs, gradients = evaluate(op, batch)
+    permuted_outputs, permuted_gradients = evaluate(op, permuted(batch, order))
+    assert_close(permuted_outputs, [y[order] if y.dim() else y for y in outputs])
+    shared = {"weight", "bias"}
+    assert_close(permuted_gradients, {k: g if k in shared else g[order] for k, g in gradients.items()})
+
+
+@every_op
+@few_examples
+@given(batch=ragged_batches(), columns=st.integers(1, 3))
+def test_property_more_padding_changes_nothing(op, batch, columns):
+    def widen(x):
+        return torch.cat([x, x[:, :1].expand(-1, columns, *x.shape[2:])], dim=1)
+
+    wide = batch.map_tokens(widen)
+    wide = wide._replace(mask=torch.nn.functional.pad(batch.mask, (0, columns)))
+    S = batch.mask.shape[1]
+    outputs, _ = evaluate(op, batch)
+    wide_outputs, _ = evaluate(op, wide)
+    assert_close([y[:, :S] if y.dim() else y for y in wide_outputs], outputs)
+
+
+@pytest.mark.parametrize("loss", SPLITTABLE.values(), ids=SPLITTABLE.keys())
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@few_examples
+@given(batch=ragged_batches(), data=st.data())
+def test_property_split_batch_equals_whole_batch(loss, reduction, batch, data):
+    assert_split_equals_whole(loss, reduction, batch, data.draw(st.integers(0, batch.mask.shape[0])))
+
+
+@few_examples
+@given(batch=ragged_batches())
+def test_property_logps_are_at_most_0_and_entropy_is_between_0_and_log_V(batch):
+    out = OPS["logps_from_logits"](batch.tensors, batch.mask, None)
+    assert (out.logps <= 1e-12).all()
+    assert (out.entropy >= -1e-12).all()
+    assert (out.entropy <= math.log(batch.tensors["logits"].shape[-1]) + 1e-12).all()
+
+
+@few_examples
+@given(batch=ragged_batches())
+def test_property_rewards_add_up_to_the_score_of_every_sequence_that_is_not_empty(batch):
+    scores, kl = batch.tensors["scores"], batch.tensors["kl"]
+    rewards = reference.token_rewards(scores, kl, batch.mask, beta=0.3)
+    expected = torch.where(batch.mask.any(1), scores, 0.0) - 0.3 * (kl * batch.mask).sum(1)
+    assert_close(rewards.sum(1), expected)
+
+
+@few_examples
+@given(batch=ragged_batches())
+def test_property_clipped_loss_is_at_least_the_unclipped_one_and_dual_clip_bounds_it(batch):
+    x, mask = batch.tensors, batch.mask
+    loss = call_policy_loss(x, mask, None, reduction="none").loss
+    assert (loss >= torch.where(mask, -(x["logps"] - x["old_logps"]).exp() * x["advantages"], 0.0) - 1e-12).all()
+    dual = call_policy_loss(x, mask, None, reduction="none", dual_clip=1.3).loss
+    assert (dual <= loss).all()
+    assert (dual <= 1.3 * x["advantages"].abs() + 1e-12).all()
+
+
+@pytest.mark.parametrize("std", ["none", "group", "batch"])
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
+@few_examples
+@given(data=st.data())
+def test_property_group_advantages_follow_permutations_and_renamed_groups(data, baseline, std):
+    groups = data.draw(st.lists(st.integers(0, 3), min_size=2, max_size=8))  # singletons among them
+    B = len(groups)
+    scores = torch.tensor(data.draw(st.lists(st.integers(-3, 3), min_size=B, max_size=B))).double()
+    order = torch.tensor(data.draw(st.permutations(range(B))))
+    group_ids = torch.tensor(groups)
+    function = partial(reference.group_advantages, baseline=baseline, std=std)
+    advantages = function(scores, group_ids=group_ids)
+    assert advantages.isfinite().all()
+    assert_close(function(scores[order], group_ids=100 - 7 * group_ids[order]), advantages[order])
+    for g in set(groups):
+        assert_close(advantages[group_ids == g].sum(), torch.tensor(0.0).double(), rtol=0, atol=1e-9)
+
+
+@every_op
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (3, 1), (1, 4), (2, 3)])
+def test_a_batch_without_a_valid_token_gives_0_and_no_nan(op, B, S):
+    batch = poisoned(random_batch(torch.zeros(B, S, dtype=torch.bool), torch.full((B,), S), vocab=1), math.nan)
+    for layout in (batch, packed(batch)):
+        outputs, gradients = evaluate(op, layout)
+        assert all((y == 0).all() for y in outputs)
+        assert all((g == 0).all() for g in gradients.values())
+
+
+@every_op
+def test_a_packed_batch_of_empty_sequences_has_no_tokens_and_no_nan(op):
+    batch = packed(random_batch(torch.zeros(2, 3, dtype=torch.bool), torch.tensor([0, 0])))
+    assert batch.mask.shape == (0,)
+    outputs, _ = evaluate(op, batch)
+    assert all((y == 0).all() for y in outputs)
