@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__clang__) || !defined(__GNUC__) || __GNUC__ < 12
+#error "the CPU kernels need GCC 12 or later: set CXX=g++ (they use its vector types and `#pragma GCC target`)"
+#endif
+
 #define RPP_HD inline __attribute__((always_inline))
 
 namespace rpp {

@@ -1,0 +1,402 @@
+"""What is measured: for each case the op, its inputs, why that shape, its floor, and who competes.
+
+A competitor is a loader: called when its turn comes, it imports what it needs and returns a function of the case's inputs
+that gives the case's outputs. A loader that raises ImportError is listed as not installed.
+
+The eager forms are what training code commonly writes. torch.compile is always of an eager form, for the one shape.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from timing import Outputs, Work, differentiated
+from torch import Tensor
+
+import rpp_kernels as rpp
+from rpp_kernels import reference
+from rpp_kernels.testing import make_batch
+
+Function = Callable[..., Outputs]
+Loader = Callable[[], Function]
+Tensors = dict[str, Tensor]
+
+OURS = "rpp-kernels"
+
+
+@dataclass(frozen=True)
+class Data:
+    inputs: Tensors
+    wrt: tuple[str, ...] = ()  # the inputs that are differentiated
+    grads: Outputs = ()  # of the first outputs
+
+    def work(self, function: Function) -> Work:
+        return differentiated(function, self.inputs, self.wrt, self.grads)
+
+    def rows(self, rows: slice) -> "Data":
+        """Some rows of every tensor, in float64: what the specification is asked about."""
+        wide = {k: (x.double() if x.is_floating_point() else x)[rows] for k, x in self.inputs.items()}
+        return Data(wide, self.wrt, tuple(x.double()[rows] for x in self.grads))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least that must be done: `work` does it with plain library calls, `amount` says how much for each phase."""
+
+    what: str
+    unit: str  # "GB" or "GFlop"
+    amount: dict[str, float]  # phase -> bytes or flops
+    work: Callable[[], Work]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    op: str
+    shape: str
+    why: str
+    data: Callable[[], Data]
+    spec: Function
+    competitors: Mapping[str, Loader]
+    floor: Floor
+    tolerance: float  # of the parity check, relative to the largest value
+    checked_rows: slice = slice(None)  # rows that do not touch each other need not all be checked
+    left_out: Mapping[str, str] = field(default_factory=dict)  # competitor -> why it does not run
+
+    @property
+    def phases(self) -> list[str]:
+        return list(self.floor.amount)
+
+
+def compiled(function: Function) -> Loader:
+    return lambda: torch.compile(function, dynamic=False)
+
+
+def plain(function: Function) -> Loader:
+    return lambda: function
+
+
+# ---------------------------------------------------------------- floors
+
+
+def memory_floor(what: str, **phases: tuple[int, int]) -> Floor:
+    """Reads and writes of so many bytes in each phase: a copy of what is written, a dot product of what is only read."""
+
+    def pass_over(read: int, written: int) -> Callable[..., None]:
+        source, out = torch.ones(max(read, written) // 4), torch.empty(written // 4)
+        rest = source[out.numel() :]
+
+        def run(_: object = None) -> None:
+            if out.numel():
+                out.copy_(source[: out.numel()])
+            if rest.numel():
+                torch.dot(rest, rest)
+
+        return run
+
+    amount = {phase: float(read + written) for phase, (read, written) in phases.items()}
+    if "backward" in amount:
+        amount["both"] = amount["forward"] + amount["backward"]
+    return Floor(what, "GB", amount, lambda: Work(*(pass_over(*phases[phase]) for phase in phases)))
+
+
+def matmul_floor(tokens: int, vocab: int, hidden: int) -> Floor:
+    """The three matrix products of a linear head, into memory that is there already."""
+
+    def work() -> Work:
+        x, weight = torch.randn(tokens, hidden), torch.randn(vocab, hidden)
+        logits = torch.empty(tokens, vocab)
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+
+        def forward() -> None:
+            torch.mm(x, weight.T, out=logits)
+
+        def backward(_: None) -> None:
+            torch.mm(logits, weight, out=dx)
+            torch.mm(logits.T, x, out=dweight)
+
+        return Work(forward, backward)
+
+    product = 2.0 * tokens * vocab * hidden
+    amount = {"forward": product, "backward": 2 * product, "both": 3 * product}
+    return Floor("bare matrix products: 2, 4 and 6 T V H flops", "GFlop", amount, work)
+
+
+# ---------------------------------------------------------------- log-probs
+
+
+def _logits(dtype: torch.dtype, num_grads: int) -> Data:
+    batch = make_batch(1, 2048, vocab=32000)
+    logits = (2 * batch["logits"][0]).to(dtype)  # the spread of a trained model's: a few nats of entropy
+    grads = (batch["advantages"][0], 0.01 * batch["rewards"][0])[:num_grads]
+    return Data({"logits": logits, "target_ids": batch["target_ids"][0]}, ("logits",), grads)
+
+
+def _eager_logps_entropy(logits: Tensor, target_ids: Tensor) -> Outputs:
+    all_logps = torch.log_softmax(logits.float(), -1)
+    logps = all_logps.gather(-1, target_ids[:, None]).squeeze(-1)
+    entropy = -(torch.softmax(logits.float(), -1) * all_logps).sum(-1)
+    return logps, entropy
+
+
+def _eager_logps(logits: Tensor, target_ids: Tensor) -> Outputs:
+    return (torch.log_softmax(logits.float(), -1).gather(-1, target_ids[:, None]).squeeze(-1),)
+
+
+def _selective_log_softmax(logits: Tensor, target_ids: Tensor) -> Outputs:
+    target = logits.gather(-1, target_ids[:, None]).squeeze(-1)
+    return (target - torch.logsumexp(logits, -1),)
+
+
+def _our_logps(num_outputs: int) -> Loader:
+    return lambda: lambda logits, target_ids: rpp.logps_from_logits(logits, target_ids)[:num_outputs]
+
+
+def _logps_case(name: str, dtype: torch.dtype, num_outputs: int, why: str, competitors: dict[str, Loader]) -> Case:
+    size = 2048 * 32000 * dtype.itemsize
+    return Case(
+        name=name,
+        op="logps_from_logits: " + ("log-prob and entropy" if num_outputs == 2 else "log-prob alone"),
+        shape=f"logits 2048 x 32000 {str(dtype).removeprefix('torch.')}",
+        why=why,
+        data=lambda: _logits(dtype, num_outputs),
+        spec=lambda **inputs: reference.logps_from_logits(**inputs)[:num_outputs],
+        competitors={OURS: _our_logps(num_outputs), **competitors},
+        floor=memory_floor(
+            "one read of the logits; backward one read and one write", forward=(size, 0), backward=(size, size)
+        ),
+        tolerance=2e-4 if dtype == torch.float32 else 1e-2,  # a bf16 gradient keeps 8 bits
+        checked_rows=slice(None, None, 32),
+    )
+
+
+# ---------------------------------------------------------------- scans over sequences
+
+BATCH, LENGTH = 512, 2048
+TOKENS = BATCH * LENGTH
+_SCAN_SHAPE = f"{BATCH} x {LENGTH} float32, sequences half to all of it long"
+_SCAN_WHY = "one rollout batch of a REINFORCE++ step, padded"
+_GAMMA, _LAMBDA, _BETA = 1.0, 0.95, 0.01
+_NO_COMPILED_LOOP = {
+    "torch.compile of the loop": "it unrolls the loop: each of the 2048 columns becomes code to compile"
+}
+
+
+def _batch(*names: str) -> Tensors:
+    batch = make_batch(BATCH, LENGTH)
+    return {name: batch[name] for name in (*names, "completion_mask")}
+
+
+def _loop_returns(rewards: Tensor, completion_mask: Tensor) -> Outputs:
+    rewards = rewards * completion_mask
+    out = torch.zeros_like(rewards)
+    carry = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        carry = rewards[:, t] + _GAMMA * carry
+        out[:, t] = carry
+    return (out,)
+
+
+def _cumsum_returns(rewards: Tensor, completion_mask: Tensor) -> Outputs:  # gamma = 1 only
+    return ((rewards * completion_mask).flip(1).cumsum(1).flip(1),)
+
+
+def _loop_gae(rewards: Tensor, values: Tensor, completion_mask: Tensor) -> Outputs:
+    rewards, values = rewards * completion_mask, values * completion_mask
+    columns, advantage = [], torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(advantage)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + _GAMMA * next_value - values[:, t]
+        advantage = delta + _GAMMA * _LAMBDA * advantage
+        next_value = values[:, t]
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], 1)
+    return advantages, advantages + values
+
+
+def _pipeline(returns: Function) -> Function:
+    def advantages(scores: Tensor, old_logps: Tensor, ref_logps: Tensor, completion_mask: Tensor) -> Outputs:
+        rewards = -_BETA * (old_logps - ref_logps) * completion_mask
+        last = completion_mask.sum(1) - 1
+        rewards[torch.arange(len(scores)), last] += scores
+        (a,) = returns(rewards, completion_mask)
+        count = completion_mask.sum()
+        mean = (a * completion_mask).sum() / count
+        variance = ((a - mean).square() * completion_mask).sum() / count
+        return ((a - mean) * variance.clamp(min=1e-8).rsqrt() * completion_mask,)
+
+    return advantages
+
+
+def _our_steps(scores: Tensor, old_logps: Tensor, ref_logps: Tensor, completion_mask: Tensor) -> Outputs:
+    kl = rpp.kl_penalty(old_logps, ref_logps, completion_mask)
+    rewards = rpp.token_rewards(scores, kl, completion_mask, beta=_BETA)
+    return (rpp.whiten(rpp.returns(rewards, completion_mask, gamma=_GAMMA), completion_mask),)
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def _policy_data() -> Data:
+    return Data(_batch("logps", "old_logps", "advantages"), ("logps",), (torch.ones(()),))
+
+
+def _clipped_share_and_kl(loss: rpp.PolicyLoss) -> Outputs:
+    stats = loss.stats
+    clipped = (stats.clipped_low + stats.clipped_high) / stats.num_tokens
+    return loss.loss, clipped, stats.approx_kl / stats.num_tokens
+
+
+def _eager_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor) -> Outputs:
+    """With the two statistics that every training loop logs beside it."""
+    log_ratio = logps - old_logps
+    ratio = log_ratio.clamp(-20, 20).exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
+
+    def masked_mean(x: Tensor) -> Tensor:
+        return (x * completion_mask).sum() / completion_mask.sum()
+
+    with torch.no_grad():
+        clipped_share, approx_kl = masked_mean((clipped > plain).float()), masked_mean(-log_ratio)
+    return masked_mean(torch.maximum(plain, clipped)), clipped_share, approx_kl
+
+
+# ---------------------------------------------------------------- from hidden states
+
+_T, _H, _V = 1024, 512, 32000
+
+
+def _hidden_data() -> Data:
+    batch = make_batch(1, _T, vocab=_V, hidden=_H)
+    inputs = {
+        "hidden_states": batch["hidden_states"][0],
+        "weight": batch["weight"],
+        "target_ids": batch["target_ids"][0],
+    }
+    return Data(inputs, ("hidden_states", "weight"), (batch["advantages"][0],))
+
+
+def _eager_linear_logps(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
+    return _eager_logps(hidden_states @ weight.T, target_ids)
+
+
+# ---------------------------------------------------------------- the table
+
+CASES = [
+    _logps_case(
+        "logps_entropy_fp32",
+        torch.float32,
+        2,
+        "the log-probs and the entropy of one micro-batch, from logits far larger than any cache",
+        {
+            "eager": plain(_eager_logps_entropy),
+            "torch.compile": compiled(_eager_logps_entropy),
+        },
+    ),
+    _logps_case(
+        "logps_fp32",
+        torch.float32,
+        1,
+        "the same where nobody asks for the entropy",
+        {
+            "eager, log_softmax + gather": plain(_eager_logps),
+            "eager, gather - logsumexp": plain(_selective_log_softmax),
+            "torch.compile, log_softmax + gather": compiled(_eager_logps),
+        },
+    ),
+    _logps_case(
+        "logps_entropy_bf16",
+        torch.bfloat16,
+        2,
+        "the same from bf16 logits, which eager code widens to float32 first",
+        {
+            "eager": plain(_eager_logps_entropy),
+            "torch.compile": compiled(_eager_logps_entropy),
+        },
+    ),
+    Case(
+        name="returns",
+        op="returns, gamma = 1",
+        shape=_SCAN_SHAPE,
+        why=_SCAN_WHY,
+        data=lambda: Data(_batch("rewards")),
+        spec=lambda **inputs: (reference.returns(**inputs, gamma=_GAMMA),),
+        competitors={
+            OURS: plain(lambda **inputs: (rpp.returns(**inputs, gamma=_GAMMA),)),
+            "eager, Python loop": plain(_loop_returns),
+            "eager, flip + cumsum (gamma = 1 only)": plain(_cumsum_returns),
+            "torch.compile, flip + cumsum": compiled(_cumsum_returns),
+        },
+        floor=memory_floor("rewards and mask read, returns written", forward=(5 * TOKENS, 4 * TOKENS)),
+        tolerance=1e-5,
+        left_out=_NO_COMPILED_LOOP,
+    ),
+    Case(
+        name="gae",
+        op=f"gae, lambda = {_LAMBDA}",
+        shape=_SCAN_SHAPE,
+        why=_SCAN_WHY,
+        data=lambda: Data(_batch("rewards", "values")),
+        spec=lambda **inputs: tuple(reference.gae(**inputs, gamma=_GAMMA, gae_lambda=_LAMBDA)),
+        competitors={
+            OURS: plain(lambda **inputs: tuple(rpp.gae(**inputs, gamma=_GAMMA, gae_lambda=_LAMBDA))),
+            "eager, Python loop": plain(_loop_gae),
+        },
+        floor=memory_floor("rewards, values and mask read, two results written", forward=(9 * TOKENS, 8 * TOKENS)),
+        tolerance=1e-5,
+        left_out=_NO_COMPILED_LOOP,
+    ),
+    Case(
+        name="reinforce_pp_advantages",
+        op="reinforce_pp_advantages: KL, terminal reward, returns and whitening",
+        shape=_SCAN_SHAPE,
+        why=_SCAN_WHY,
+        data=lambda: Data(_batch("scores", "old_logps", "ref_logps")),
+        spec=lambda **inputs: (reference.reinforce_pp_advantages(**inputs, beta=_BETA, gamma=_GAMMA),),
+        competitors={
+            OURS: plain(lambda **inputs: (rpp.reinforce_pp_advantages(**inputs, beta=_BETA, gamma=_GAMMA),)),
+            "rpp-kernels, step by step": plain(_our_steps),
+            "eager, Python loop": plain(_pipeline(_loop_returns)),
+            "eager, flip + cumsum": plain(_pipeline(_cumsum_returns)),
+            "torch.compile, flip + cumsum": compiled(_pipeline(_cumsum_returns)),
+        },
+        floor=memory_floor("two log-probs and mask read, advantages written, once", forward=(9 * TOKENS, 4 * TOKENS)),
+        tolerance=1e-4,
+        left_out=_NO_COMPILED_LOOP,
+    ),
+    Case(
+        name="policy_loss",
+        op="policy_loss with the share of clipped tokens and the approximate KL",
+        shape=_SCAN_SHAPE,
+        why="the loss of one whole rollout batch",
+        data=_policy_data,
+        spec=lambda **inputs: _clipped_share_and_kl(reference.policy_loss(**inputs)),
+        competitors={
+            OURS: plain(lambda **inputs: _clipped_share_and_kl(rpp.policy_loss(**inputs))),
+            "eager": plain(_eager_policy_loss),
+            "torch.compile": compiled(_eager_policy_loss),
+        },
+        floor=memory_floor(
+            "three inputs and mask read; backward the gradient written",
+            forward=(13 * TOKENS, 0),
+            backward=(0, 4 * TOKENS),
+        ),
+        tolerance=1e-4,
+    ),
+    Case(
+        name="linear_logps",
+        op="linear_logps: log-prob from hidden states",
+        shape=f"T = {_T}, H = {_H}, V = {_V} float32",
+        why="the head of a small model, where the logits outweigh everything else",
+        data=_hidden_data,
+        spec=lambda **inputs: reference.linear_logps(**inputs)[:1],
+        competitors={
+            OURS: plain(lambda **inputs: rpp.linear_logps(**inputs)[:1]),
+            "eager, logits + log_softmax": plain(_eager_linear_logps),
+            "torch.compile": compiled(_eager_linear_logps),
+        },
+        floor=matmul_floor(_T, _V, _H),
+        tolerance=1e-4,
+    ),
+]
+BY_NAME = {case.name: case for case in CASES}
