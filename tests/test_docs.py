@@ -1,0 +1,47 @@
+"""What the documentation promises is so."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def test_the_table_of_ops_is_the_generated_one():
+    done = subprocess.run([sys.executable, ROOT / "docs/tables.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    named = re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", page.read_text(), flags=re.M)
+    assert {a or b for a, b in named} <= targets
+
+
+def test_the_example_of_the_readme_runs():
+    import torch
+
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    B, S, H, V = 2, 5, 8, 11
+    names = {
+        "hidden_states": torch.randn(B, S, H, requires_grad=True),
+        "lm_head": torch.nn.Linear(H, V),
+        "target_ids": torch.randint(V, (B, S)),
+        "completion_mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2]),
+        "scores": torch.tensor([1.0, -1.0]),
+        "old_logps": -torch.rand(B, S),
+        "ref_logps": -torch.rand(B, S),
+    }
+    exec(example, names)
+    assert names["hidden_states"].grad.isfinite().all()
