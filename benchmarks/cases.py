@@ -1,7 +1,7 @@
 """What is measured: for each case the op, its inputs, why that shape, its floor, and who competes.
 
-A competitor is a loader: called when its turn comes, it imports what it needs and returns a function of the case's inputs
-that gives the case's outputs. A loader that raises ImportError is listed as not installed.
+A competitor is a loader: called when its turn comes, it imports what it needs and returns a function of the case's
+inputs that gives the case's outputs. A loader that raises ImportError is listed as not installed.
 
 The eager forms are what training code commonly writes. torch.compile is always of an eager form, for the one shape.
 """
@@ -80,7 +80,7 @@ def plain(function: Function) -> Loader:
 
 
 def memory_floor(what: str, **phases: tuple[int, int]) -> Floor:
-    """Reads and writes of so many bytes in each phase: a copy of what is written, a dot product of what is only read."""
+    """So many bytes read and written in each phase: a copy of what is written, a dot product of what is only read."""
 
     def pass_over(read: int, written: int) -> Callable[..., None]:
         source, out = torch.ones(max(read, written) // 4), torch.empty(written // 4)
@@ -177,9 +177,7 @@ TOKENS = BATCH * LENGTH
 _SCAN_SHAPE = f"{BATCH} x {LENGTH} float32, sequences half to all of it long"
 _SCAN_WHY = "one rollout batch of a REINFORCE++ step, padded"
 _GAMMA, _LAMBDA, _BETA = 1.0, 0.95, 0.01
-_NO_COMPILED_LOOP = {
-    "torch.compile of the loop": "it unrolls the loop: each of the 2048 columns becomes code to compile"
-}
+_NO_COMPILED_LOOP = {"torch.compile of the loop": "it unrolls the loop, 2048 columns of code to compile"}
 
 
 def _batch(*names: str) -> Tensors:

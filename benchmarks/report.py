@@ -1,4 +1,4 @@
-"""Turns the JSON of run.py into the tables of docs/performance.md: `python benchmarks/report.py benchmarks/results/*.json`.
+"""JSON of run.py -> the tables of docs/performance.md: `python benchmarks/report.py benchmarks/results/*.json`.
 
 Only what stands between the two markers is replaced.
 """

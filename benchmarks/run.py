@@ -1,4 +1,4 @@
-"""Measures the cases against each other: `python benchmarks/run.py [--case NAME ...] [--threads 2] [--rounds N] [--json F]`.
+"""Times the cases: `python benchmarks/run.py [--case NAME ...] [--threads 2] [--rounds N] [--json FILE]`.
 
 Each case is checked against the float64 specification first, gradients included, and nothing is printed when anyone who
 would be timed is wrong. `benchmarks/report.py` turns the JSON into the tables of docs/performance.md.

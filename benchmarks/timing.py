@@ -1,8 +1,8 @@
 """Interleaved timing in one process, the parity check that comes before it, and the memory check that comes after.
 
-A shared machine changes its speed by the minute, so a number alone says little here: in every round each contestant runs
-once, in an order that rotates, and beside them a floor that moves the same bytes (or multiplies the same matrices) with
-plain library calls. What is reported as a ratio is the median of the ratios within rounds.
+A shared machine changes its speed by the minute, so a number alone says little here: in every round each contestant
+runs once, in an order that rotates, and beside them a floor that moves the same bytes (or multiplies the same matrices)
+with plain library calls. What is reported as a ratio is the median of the ratios within rounds.
 """
 
 import ctypes

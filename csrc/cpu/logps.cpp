@@ -32,7 +32,8 @@ namespace {
 template <class S>
 Logits<S> logits_of(const Tensor& logits) {
   const int64_t dim = logits.dim();
-  STD_TORCH_CHECK((dim == 2 || dim == 3) && logits.stride(dim - 1) == 1, "logits: want rows that are contiguous");
+  STD_TORCH_CHECK((dim == 2 || dim == 3) && (logits.stride(dim - 1) == 1 || logits.size(dim - 1) == 1),
+                  "logits: want rows that are contiguous");
   const int64_t vocab = logits.size(dim - 1), inner = logits.size(dim - 2);
   const int64_t outer = dim == 3 ? logits.size(0) : 1;
   return {static_cast<const S*>(logits.data_ptr()), outer * inner,         vocab, inner > 0 ? inner : 1,

@@ -38,7 +38,7 @@ class Config:
     """Where run folders are made."""
     seed: int = 0
     """Fixes the data, the initial weights and the sampling noise: same seed, same machine, same curve."""
-    steps: int = 200
+    steps: int = 240
     """Rollouts; each is followed by epochs * rollout_batch_size / train_batch_size optimizer steps."""
     eval_every: int = 20
     """Rollouts between two held-out evaluations; 0 evaluates only before and after."""

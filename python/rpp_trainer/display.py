@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-import transformers
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -26,7 +25,6 @@ class Display:
         self.bar = self.progress.add_task("RL", total=config.steps)
         self.latest = Text()
         self.accuracy = ""
-        transformers.utils.logging.disable_progress_bar()  # two bars in one terminal garble each other
 
     def start(self, task: Task, policy: Policy) -> None:
         name = type(policy.model).__name__

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -51,6 +52,7 @@ def load_policy(config: Config) -> Policy:
         raise ConfigError(
             "model: is empty, wanted with any task but 'letters': the model of the demo reads letters only"
         )
+    transformers.utils.logging.disable_progress_bar()
     model, tokenizer = _load(config) if config.model else (_tiny_model(), _letters_tokenizer())
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is always masked, so which token it is does not matter

@@ -115,9 +115,11 @@ def _reasoning_gym_task(config: Config) -> Task:
         raise ConfigError(f"task: reasoning-gym cannot make {config.task!r}: {error}") from None
 
     def reward(prompt: str, completion: str, record: Record) -> float:
-        """The verifier's score in [0, 1], made symmetric; it sees what stands in <answer> tags where there are any."""
-        answer = reasoning_gym.utils.extract_answer(completion) or completion.strip()
-        return 2 * float(data.score_answer(answer, record["entry"])) - 1
+        """The verifier's score in [0, 1], made symmetric. It is shown what stands in <answer> tags; without tags, the
+        completion and its last word, as chat models like to say `The answer is 7.`, and the better score counts."""
+        tagged = reasoning_gym.utils.extract_answer(completion)
+        answers = [completion.strip(), completion.strip().rstrip(".").split(" ")[-1]] if tagged is None else [tagged]
+        return 2 * max(float(data.score_answer(answer, record["entry"])) for answer in answers) - 1
 
     records = [{"prompt": entry["question"], "answer": entry["answer"], "entry": entry} for entry in data]
     return _split(config.task, reward, records, config)

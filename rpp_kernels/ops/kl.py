@@ -138,4 +138,4 @@ def kl_penalty(
         INFINITY if kl_clamp is None else kl_clamp,
         backend,
     )
-    return kl.view(logps.shape)
+    return (kl.detach() if gradient == "none" else kl).view(logps.shape)

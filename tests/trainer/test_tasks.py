@@ -98,6 +98,8 @@ def test_reasoning_gym(small: Callable[..., Config]) -> None:
     record = task.train[0]
     assert task.score(record, record["answer"]) == 1.0
     assert task.score(record, f"It is <answer>{record['answer']}</answer>") == 1.0
+    assert task.score(record, f"The answer is {record['answer']}.") == 1.0
+    assert task.score(record, f"<answer>wrong</answer> {record['answer']}") == -1.0
     assert task.score(record, "no idea") == -1.0
     assert not {r["prompt"] for r in task.train} & {r["prompt"] for r in task.held_out}
     with pytest.raises(ConfigError, match="reasoning-gym cannot make"):
