@@ -95,7 +95,7 @@ def check_target_ids(target_ids: Tensor, mask: Tensor | None, shape: Sequence[in
             )
 
 
-def check_temperature(temperature: float | Tensor, shape: Sequence[int], like: Tensor) -> None:
+def check_temperature(temperature: float | Tensor, mask: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
     if not isinstance(temperature, Tensor):
         check_number(
             "temperature", temperature, "a positive number or a tensor with one for each token", 0, open_low=True
@@ -106,8 +106,12 @@ def check_temperature(temperature: float | Tensor, shape: Sequence[int], like: T
     check_floats("temperature", temperature, (len(shape),), like=like)
     check_shape("temperature", temperature, shape, "of the tokens")
     check_constant("temperature", temperature)
-    if may_read(temperature) and temperature.numel() and not bool((temperature > 0).all()):
-        fail("temperature", "positive numbers", f"a smallest of {float(temperature.min())}")
+    if may_read(temperature) and temperature.numel():
+        used = temperature if mask is None else torch.where(mask, temperature, 1.0)
+        if not bool((used > 0).all()):
+            fail(
+                "temperature", "positive numbers wherever completion_mask is true", f"a smallest of {float(used.min())}"
+            )
 
 
 def may_read(x: Tensor) -> bool:

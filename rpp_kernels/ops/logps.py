@@ -134,7 +134,7 @@ def logps_from_logits(
         fail("logits", "a vocabulary of at least one token", describe(logits))
     check_mask(completion_mask, "the tokens of logits", shape, logits)
     check_target_ids(target_ids, completion_mask, shape, logits.shape[-1], logits)
-    check_temperature(temperature, shape, logits)
+    check_temperature(temperature, completion_mask, shape, logits)
     backend = backend_of(logits)
     if backend == "reference":
         return reference.logps_from_logits(logits, target_ids, completion_mask, temperature=temperature)
@@ -345,7 +345,7 @@ def linear_logps(
         check_shape("bias", bias, weight.shape[:1], "of one for each row of weight")
     check_mask(completion_mask, "the tokens of hidden_states", shape, hidden_states)
     check_target_ids(target_ids, completion_mask, shape, weight.shape[0], hidden_states)
-    check_temperature(temperature, shape, hidden_states)
+    check_temperature(temperature, completion_mask, shape, hidden_states)
     backend = backend_of(hidden_states)
     if backend == "reference":
         return reference.linear_logps(
