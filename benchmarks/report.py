@@ -1,4 +1,4 @@
-"""JSON of run.py -> the tables of docs/performance.md: `python benchmarks/report.py benchmarks/results/*.json`.
+"""JSON of run.py -> the tables of docs/performance.md: `python benchmarks/report.py [benchmarks/results/*.json]`.
 
 Only what stands between the two markers is replaced.
 """
@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = RESULTS.parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- begin: written by benchmarks/report.py -->", "<!-- end: written by benchmarks/report.py -->"
 PHASES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 
@@ -36,7 +37,7 @@ def _case(name: str, case: dict[str, Any], rows: list[dict[str, Any]]) -> list[s
         "",
         f"{case['op']}; {case['shape']}: {case['why']}. Floor: {case['floor']} ({amounts}). {rounds} rounds.",
         "",
-        f"| phase | | median ms | p20 to p80 | {case['unit']}/s | of the floor's speed | x our time | peak extra MiB | error |",
+        f"| phase | | median ms | p20 to p80 | {case['unit']}/s | of floor's speed | x our time | peak MiB | error |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
         *(_row(row) for row in timed),
         *(
@@ -75,6 +76,5 @@ def write(results: list[dict[str, Any]], page: Path = PAGE) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    write([json.loads(Path(path).read_text()) for path in sys.argv[1:]])
+    paths = [Path(path) for path in sys.argv[1:]] or sorted(RESULTS.glob("*.json"))
+    write([json.loads(path.read_text()) for path in paths])

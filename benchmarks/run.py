@@ -36,7 +36,8 @@ class Row:
     rate: float | None = None  # the floor's bytes or flops over the median, in 1e9 a second
     floor_share: float | None = None
     times_ours: float | None = None
-    peak_extra_mib: float | None = None  # of the whole run, forward and backward
+    # In the last phase, of the whole run:
+    peak_extra_mib: float | None = None
     error: float | None = None  # relative to the largest value, gradients included
 
 
@@ -77,12 +78,13 @@ def load(case: "Case") -> tuple[dict[str, "Function"], dict[str, str]]:
 
 def check(case: "Case", data: "Data", works: "dict[str, Work]") -> dict[str, float]:
     """The error of everyone against the specification; exits where it is too large. Benchmark only on green."""
+    from cases import rows
     from timing import relative_error, results
 
-    exact = results(data.rows(case.checked_rows).work(case.spec))
+    exact = results(data.sample(case.check_every).work(case.spec))
     errors = {}
     for name, work in works.items():
-        sample = [x[case.checked_rows] if x.dim() else x for x in results(work)]
+        sample = [rows(x, case.check_every) for x in results(work)]
         errors[name] = relative_error(sample, exact)
         if not errors[name] <= case.tolerance:
             sys.exit(f"{case.name}: {name} is wrong, error {errors[name]:.1e} where {case.tolerance:.0e} is allowed")
@@ -90,7 +92,7 @@ def check(case: "Case", data: "Data", works: "dict[str, Work]") -> dict[str, flo
 
 
 def measure(case: "Case", rounds: int | None) -> list[Row]:
-    from timing import interleave, peak_extra_bytes
+    from timing import interleave, peak_extra_mib
 
     print(case.name, file=sys.stderr, flush=True)
     functions, notes = load(case)
@@ -98,15 +100,23 @@ def measure(case: "Case", rounds: int | None) -> list[Row]:
     works = {name: data.work(function) for name, function in functions.items()}
     errors = check(case, data, works)
     samples = interleave({"floor": case.floor.work(), **works}, rounds=rounds)
-    peaks = {name: peak_extra_bytes(work) for name, work in works.items()}
+    peaks = {name: peak_extra_mib(work) for name, work in works.items()}
+    whole = case.phases[-1]
     rows = [
-        _row(case, name, phase, samples, peaks.get(name), errors.get(name)) for phase in case.phases for name in samples
+        _row(case, name, phase, samples, *((peaks.get(name), errors.get(name)) if phase == whole else ()))
+        for phase in case.phases
+        for name in samples
     ]
     return rows + [Row(case.name, name, phase, note) for name, note in notes.items() for phase in case.phases]
 
 
 def _row(
-    case: "Case", name: str, phase: str, samples: "dict[str, list[Sample]]", peak: int | None, error: float | None
+    case: "Case",
+    name: str,
+    phase: str,
+    samples: "dict[str, list[Sample]]",
+    peak: float | None = None,
+    error: float | None = None,
 ) -> Row:
     from cases import OURS
     from timing import median_ratio, spread
@@ -124,7 +134,7 @@ def _row(
         rate=case.floor.amount[phase] / median / 1e9,
         floor_share=median_ratio(seconds["floor"], seconds[name]),
         times_ours=median_ratio(seconds[name], seconds[OURS]),
-        peak_extra_mib=None if peak is None else peak / 2**20,
+        peak_extra_mib=peak,
         error=error,
     )
 

@@ -126,11 +126,11 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def peak_extra_bytes(work: Work) -> int | None:
+def peak_extra_mib(work: Work) -> float | None:
     """How far the resident set rises above where it was while the work runs, its results included.
 
-    The kernel keeps the high-water mark (VmHWM) and resets it on request. None where it does not, or where memory that
-    an earlier call left with the allocator could hide some of the rise. Good to about a megabyte.
+    Linux keeps the high-water mark and resets it on request, after the allocator has given back what earlier calls left
+    with it. None where that cannot be had. Good to about a megabyte.
     """
     gc.collect()
     try:
@@ -139,14 +139,14 @@ def peak_extra_bytes(work: Work) -> int | None:
             f.write("5")
         before = _status("VmRSS")
         run_once(work)
-        return max(0, _status("VmHWM") - before)
+        return max(0.0, _status("VmHWM") - before)
     except (OSError, AttributeError, KeyError):
         return None
 
 
-def _status(field: str) -> int:
+def _status(field: str) -> float:  # MiB
     with open("/proc/self/status") as f:
         found = re.search(rf"^{field}:\s+(\d+) kB", f.read(), re.MULTILINE)
     if found is None:
         raise KeyError(field)
-    return 1024 * int(found[1])
+    return int(found[1]) / 1024

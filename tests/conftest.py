@@ -12,9 +12,22 @@ RUNS = (
 )
 
 
-@pytest.fixture(params=RUNS, ids="-".join)
+def pytest_generate_tests(metafunc):
+    """A test that asks for `backend` or `device` runs on every one; marked `kernels`, on all but the reference, of which
+    it holds by definition."""
+    if "run" in metafunc.fixturenames:
+        kernels = metafunc.definition.get_closest_marker("kernels")
+        runs = [run for run in RUNS if not kernels or run[0] != "reference"]
+        metafunc.parametrize("run", runs, ids=map("-".join, runs), indirect=True)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "kernels: a test that the reference cannot fail, such as agreement with it")
+
+
+@pytest.fixture
 def run(request):
-    """Within the test every op runs on this backend and, by `device`, on this device."""
+    """Within the test every op runs on this backend, and its tensors belong on `device`."""
     name, device = request.param
     reason = backends.why_not(name, device)
     if reason:

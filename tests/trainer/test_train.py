@@ -14,6 +14,8 @@ from rpp_trainer.rollout import rollout
 from rpp_trainer.train import train, update_policy, with_advantages, with_old_logps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rpp_kernels as rpp
+
 RECORDS = [{"prompt": prompt} for prompt in ("a>", "hello>", "xyzzyx>", "ab>")] * 4
 TIMES = {"rollout_seconds", "step_seconds", "peak_memory_mb"}
 
@@ -119,6 +121,14 @@ def test_same_seed_same_metrics_and_no_folder_is_overwritten(small: Callable[...
     assert [row["step"] for row in first] == [0, 1, 2]
     assert first_path.name == "demo"
     assert second_path.name == "demo-2"
+
+
+def test_kernels_and_reference_give_the_same_curve(small: Callable[..., Config]) -> None:
+    _, rows = run(small(epochs=2))
+    with rpp.use_backend("reference"):
+        _, expected = run(small(epochs=2))
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-3, abs=1e-4)
 
 
 def test_main_leaves_everything_it_promises(tmp_path: Path, small: Callable[..., Config]) -> None:

@@ -1,0 +1,164 @@
+"""Every public function in every mode, as one call on the tensors of a batch: the rows of the tests of the ops."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from strategies import PER_SEQUENCE, SHARED, Batch
+from torch import Tensor
+
+REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "none")
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+
+
+class Call(NamedTuple):
+    """`function(f, x, mask, cu_seqlens)` calls one function of f, which is rpp_kernels or its reference."""
+
+    function: Callable[..., Any]
+    differentiable: tuple[str, ...]
+
+    def on(self, batch: Batch) -> Callable[[Any, dict[str, Tensor]], Any]:
+        """The call with the layout of a batch, as rpp_kernels.testing takes it."""
+        return lambda f, x: self.function(f, x, batch.mask, batch.cu_seqlens)
+
+
+def _logps(f, x, mask, _, temperature="temperature", fields=("logps", "entropy", "lse")):
+    out = f.logps_from_logits(x["logits"], x["target_ids"], mask, temperature=x.get(temperature, temperature))
+    return out if len(fields) == 3 else getattr(out, *fields)
+
+
+def _linear(f, x, mask, _, bias=True, temperature="temperature"):
+    return f.linear_logps(
+        x["hidden_states"],
+        x["weight"],
+        x["target_ids"],
+        mask,
+        bias=x["bias"] if bias else None,
+        temperature=x.get(temperature, temperature),
+    )
+
+
+def _kl(f, x, mask, _, **options):
+    return f.kl_penalty(x["logps"], x["ref_logps"], mask, **options)
+
+
+def _rewards(f, x, mask, cu_seqlens):
+    return f.token_rewards(x["scores"], x["kl"], mask, beta=0.3, cu_seqlens=cu_seqlens)
+
+
+def _returns(f, x, mask, cu_seqlens, gamma=0.9):
+    return f.returns(x["rewards"], mask, gamma=gamma, cu_seqlens=cu_seqlens)
+
+
+def _gae(f, x, mask, cu_seqlens, gamma=0.9, gae_lambda=0.8):
+    return f.gae(x["rewards"], x["values"], mask, gamma=gamma, gae_lambda=gae_lambda, cu_seqlens=cu_seqlens)
+
+
+def _whiten(f, x, mask, _, **options):
+    return f.whiten(x["advantages"], mask, **options)
+
+
+def _reinforce_pp(f, x, mask, cu_seqlens, ref="ref_logps", **options):
+    options = {"beta": 0.3, "gamma": 0.9, **options}
+    ref_logps = None if ref is None else x[ref]
+    return f.reinforce_pp_advantages(x["scores"], x["old_logps"], ref_logps, mask, cu_seqlens=cu_seqlens, **options)
+
+
+def _policy(f, x, mask, cu_seqlens, advantages="advantages", reduction="token-mean", **options):
+    worth = x[advantages][:, None] if advantages in PER_SEQUENCE else x[advantages]
+    if reduction == "seq-mean-token-sum-norm":
+        options["max_completion_length"] = 9
+    return f.policy_loss(
+        x["logps"], x["old_logps"], worth, mask, reduction=reduction, cu_seqlens=cu_seqlens, **options
+    )
+
+
+def _value(f, x, mask, cu_seqlens, reduction="token-mean", **options):
+    if reduction == "seq-mean-token-sum-norm":
+        options["max_completion_length"] = 9
+    return f.value_loss(
+        x["values"], x["old_values"], x["returns"], mask, reduction=reduction, cu_seqlens=cu_seqlens, **options
+    )
+
+
+LEVEL = {"importance_sampling_level": "sequence"}
+CALLS = {
+    "logps_from_logits": Call(_logps, ("logits",)),
+    "logps_from_logits logps": Call(partial(_logps, fields=("logps",)), ("logits",)),
+    "logps_from_logits entropy": Call(partial(_logps, fields=("entropy",), temperature=0.7), ("logits",)),
+    "logps_from_logits lse": Call(partial(_logps, fields=("lse",), temperature=1.0), ("logits",)),
+    "linear_logps": Call(_linear, ("hidden_states", "weight", "bias")),
+    "linear_logps without bias": Call(partial(_linear, bias=False, temperature=0.7), ("hidden_states", "weight")),
+    **{f"kl_penalty {k}": Call(partial(_kl, estimator=k), ("logps", "ref_logps")) for k in ESTIMATORS},
+    "kl_penalty clamped": Call(partial(_kl, estimator="k2", kl_clamp=0.02), ("logps", "ref_logps")),
+    "kl_penalty k3 with the gradient of k2": Call(
+        partial(_kl, estimator="k3", gradient="k2", kl_clamp=0.02), ("logps", "ref_logps")
+    ),
+    "token_rewards": Call(_rewards, ("scores", "kl")),
+    "returns": Call(_returns, ("rewards",)),
+    "gae": Call(_gae, ("rewards", "values")),
+    "whiten": Call(_whiten, ("advantages",)),
+    "whiten add_var": Call(partial(_whiten, unbiased=True, eps_mode="add_var", shift_mean=False), ("advantages",)),
+    "whiten add_std": Call(partial(_whiten, eps=1e-4, eps_mode="add_std"), ("advantages",)),
+    **{
+        f"reinforce_pp_advantages {k}": Call(
+            partial(_reinforce_pp, kl_estimator=k), ("scores", "old_logps", "ref_logps")
+        )
+        for k in ESTIMATORS
+    },
+    "reinforce_pp_advantages clamped": Call(
+        partial(_reinforce_pp, kl_clamp=0.2), ("scores", "old_logps", "ref_logps")
+    ),
+    "reinforce_pp_advantages without KL": Call(partial(_reinforce_pp, ref=None, beta=0.0), ("scores",)),
+    **{f"policy_loss {r}": Call(partial(_policy, reduction=r), ("logps",)) for r in REDUCTIONS},
+    **{f"policy_loss sequence {r}": Call(partial(_policy, reduction=r, **LEVEL), ("logps",)) for r in REDUCTIONS},
+    "policy_loss dual clip": Call(partial(_policy, dual_clip=1.3, epsilon_high=0.1), ("logps",)),
+    "policy_loss of an advantage for each sequence": Call(
+        partial(_policy, advantages="scores", num_items_in_batch=7), ("logps",)
+    ),
+    **{f"value_loss {r}": Call(partial(_value, reduction=r), ("values",)) for r in REDUCTIONS},
+    "value_loss unclipped": Call(partial(_value, epsilon=None), ("values",)),
+}
+
+# One row for each public function with a mask: for checks that cost seconds.
+ONE_OF_EACH = {
+    name: CALLS[name]
+    for name in (
+        "logps_from_logits",
+        "linear_logps",
+        "kl_penalty k3",
+        "token_rewards",
+        "returns",
+        "gae",
+        "whiten",
+        "reinforce_pp_advantages k3",
+        "policy_loss token-mean",
+        "policy_loss sequence none",
+        "value_loss token-mean",
+    )
+}
+
+
+def to_device(batch: Batch, device: str) -> Batch:
+    tensors = {k: x.to(device) for k, x in batch.tensors.items()}
+    cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
+    return Batch(tensors, batch.mask.to(device), batch.lengths.to(device), cu_seqlens)
+
+
+def is_per_token(name: str) -> bool:
+    """Whether a tensor of `evaluate`, by its name, belongs to tokens (provided that its shape does)."""
+    return name.removeprefix("d") not in PER_SEQUENCE | SHARED
+
+
+# A full sequence; one with a hole (a tool call); an empty one; one padded on the left, with a hole; nothing valid.
+MASK = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 1, 1],
+        [1, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 1, 1],
+        [0, 0, 0, 0, 0, 0, 0],
+    ]
+).bool()
+LENGTHS = torch.tensor([7, 4, 0, 7, 3])
