@@ -16,6 +16,9 @@ from rpp_kernels import reference
 
 Tensors = dict[str, Tensor]
 
+# Exponentials end at the smallest normal number (csrc/formulas.h): a probability of 0 is 1e-38 there.
+ZERO = 1e-30
+
 
 def make_batch(
     batch_size: int,
@@ -107,10 +110,11 @@ def assert_close_to_reference(
     *,
     factor: float = 2.0,
     ulps: float = 4.0,
+    atol: float = ZERO,
 ) -> None:
     """`call(rpp_kernels, tensors)` against `call(reference, tensors)`: every result and every gradient, by `within`.
 
-    The floor is `ulps` units in the last place of the largest value. Float64 is its own spec: its floor is 1e-12 of the
+    The floor is `ulps` units in the last place of the largest value, and `atol`. Float64 is its own spec: its floor is 1e-12 of the
     largest of all results, lse among them, whose rounding the spec carries into the others.
     """
     wide = {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
@@ -125,12 +129,8 @@ def assert_close_to_reference(
             floor = 1e-12 * max(1.0, largest)
         else:  # stats are float64 always, and no more exact than the float32 numbers that they are sums of
             eps = max(torch.finfo(dtype).eps for dtype in (x.dtype, torch.float32))
-            floor = ulps * eps * largest_of(exact[name]) + ZERO
+            floor = ulps * eps * largest_of(exact[name]) + atol
         within(name, x, same[name], exact[name], factor, floor)
-
-
-# Exponentials end at the smallest normal number (csrc/formulas.h): a probability of 0 is 1e-38 there.
-ZERO = 1e-30
 
 
 def largest_of(x: Tensor) -> float:

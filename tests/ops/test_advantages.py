@@ -109,7 +109,9 @@ def whiten(f, x, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_whiten_of_every_size(n, dtype, device):
     values = (1 + 3 * torch.randn(n, dtype=torch.float64)).to(dtype).to(device)
-    assert_close_to_reference(whiten, {"values": values, "mask": torch.rand(n, device=device) < 0.8}, ["values"])
+    # The gradient for one value is 0, a difference of numbers as large as 1 / sqrt(eps).
+    mask = torch.rand(n, device=device) < 0.8
+    assert_close_to_reference(whiten, {"values": values, "mask": mask}, ["values"], atol=4e-3 if n == 1 else 0.0)
 
 
 @pytest.mark.kernels
@@ -139,7 +141,8 @@ def test_whiten_far_from_0_loses_no_more_than_the_spec(offset, device):
     assert_close_to_reference(whiten, {"values": values}, ["values"])
 
 
-def test_whitened_values_have_mean_0_and_variance_1(backend, device):
+@pytest.mark.kernels
+def test_whitened_values_have_mean_0_and_variance_1_however_far_they_were_from_0(device):
     values = 1e4 + torch.randn(100_003, device=device)
     whitened = rpp.whiten(values).double()
     assert abs(whitened.mean().item()) < 1e-5

@@ -131,6 +131,26 @@ def test_kernels_and_reference_give_the_same_curve(small: Callable[..., Config])
         assert row == pytest.approx(wanted, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
+def test_in_float64_the_curve_of_the_demo_is_that_of_the_reference(
+    small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten rollouts after the whole warm start. Rounding grows with every step, and one day flips a sampled token: in
+    float32 after a few steps, in float64 after about forty."""
+
+    def load_in_float64(config: Config) -> Policy:
+        policy = load_policy(config)
+        return dataclasses.replace(policy, model=policy.model.double())
+
+    monkeypatch.setattr("rpp_trainer.train.load_policy", load_in_float64)
+    config = Config(output_dir=small().output_dir, steps=10, num_eval_prompts=64, threads=1)
+    _, rows = run(config)
+    with rpp.use_backend("reference"):
+        _, expected = run(config)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
 def test_main_leaves_everything_it_promises(tmp_path: Path, small: Callable[..., Config]) -> None:
     config = small(name="all")
     arguments = [f"--{f.name.replace('_', '-')}={getattr(config, f.name)}" for f in dataclasses.fields(Config)]

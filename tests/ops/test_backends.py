@@ -1,0 +1,376 @@
+"""Which backend runs an op and with which instructions; the custom ops themselves; and torch.compile."""
+
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from calls import LENGTHS, MASK, ONE_OF_EACH, REDUCTIONS
+from strategies import random_batch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import rpp_kernels as rpp
+from rpp_kernels import backends
+from rpp_kernels.backends import native
+from rpp_kernels.testing import evaluate, make_batch
+
+ROOT = Path(__file__).parents[2]
+
+assert_close = torch.testing.assert_close
+needs_native = pytest.mark.skipif(native.PROBLEM is not None, reason=str(native.PROBLEM))
+
+
+def python(code, **environment):
+    """Runs code in a process of its own, whose environment differs by these variables."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+def ops_that_run(function):
+    """The names of our ops that `function` calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return {event.key for event in profile.key_averages() if event.key.startswith("rpp_kernels")}
+
+
+# ---------------------------------------------------------------- the choice
+
+
+@needs_native
+def test_the_best_backend_that_works_is_chosen():
+    logits, ids = torch.zeros(2, 3), torch.zeros(2).long()
+    assert backends.backend_of(logits) == "native"
+    assert "rpp_kernels_C::logps_fwd" in ops_that_run(lambda: rpp.logps_from_logits(logits, ids))
+
+
+def test_a_forced_reference_calls_none_of_our_ops():
+    x = make_batch(2, 3, vocab=4)
+    with rpp.use_backend("reference"):
+        ran = ops_that_run(lambda: rpp.logps_from_logits(x["logits"], x["target_ids"], x["completion_mask"]))
+    assert ran == set()
+
+
+def test_the_choice_ends_with_its_block_and_blocks_nest_even_when_they_raise():
+    x = torch.zeros(1)
+    chosen = backends.backend_of(x)
+    with rpp.use_backend("reference"):
+        with pytest.raises(KeyError), rpp.use_backend(chosen):
+            assert backends.backend_of(x) == chosen
+            raise KeyError
+        assert backends.backend_of(x) == "reference"
+    assert backends.backend_of(x) == chosen
+
+
+@needs_native
+def test_backward_stays_with_the_backend_of_its_forward():
+    x = make_batch(2, 3)
+    logps = x["logps"].requires_grad_()
+    kl = rpp.kl_penalty(logps, x["ref_logps"])
+    with rpp.use_backend("reference"):
+        ran = ops_that_run(kl.sum().backward)
+    assert "rpp_kernels_C::kl_bwd" in ran
+
+
+def test_an_unknown_backend_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match="use_backend: unknown backend 'cudnn', want one of .*native.*reference"):
+        rpp.use_backend("cudnn").__enter__()
+    with pytest.raises(ValueError, match="unknown backend"), rpp.use_backend(""):
+        pass
+
+
+def test_a_forced_backend_that_cannot_run_raises_and_says_why(monkeypatch):
+    monkeypatch.setattr(native, "PROBLEM", "the extension is not built")
+    with rpp.use_backend("native"), pytest.raises(RuntimeError, match="'native' was asked for .* is not built"):
+        rpp.returns(torch.zeros(1, 2))
+    assert rpp.returns(torch.ones(1, 2)).tolist() == [[2, 1]]  # not forced: the reference steps in
+
+
+def test_a_forced_backend_without_kernels_for_the_device_raises():
+    x = torch.zeros(1, 2, device="meta")
+    with rpp.use_backend("native"), pytest.raises(RuntimeError, match="no kernels for meta tensors"):
+        rpp.returns(x)
+
+
+def test_devices_without_kernels_have_the_reference():
+    x = torch.zeros(2, 3, device="meta")
+    assert backends.backend_of(x) == "reference"
+    assert rpp.kl_penalty(x, x).shape == (2, 3)
+
+
+CHOSEN = "import torch, rpp_kernels; print(rpp_kernels.backends.backend_of(torch.zeros(1)))"
+
+
+def test_the_environment_variable_forces_a_backend_for_the_process():
+    assert python(CHOSEN, RPP_KERNELS_BACKEND="reference").stdout.strip() == "reference"
+    failed = python(CHOSEN, RPP_KERNELS_BACKEND="cudnn")
+    assert failed.returncode != 0
+    assert "ValueError: RPP_KERNELS_BACKEND: unknown backend 'cudnn', want one of" in failed.stderr
+
+
+@needs_native
+def test_an_empty_environment_variable_is_none():
+    assert python(CHOSEN, RPP_KERNELS_BACKEND="").stdout.strip() == "native"
+
+
+# ---------------------------------------------------------------- instruction sets
+
+
+def cpu_has(isa):
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    needed = {"plain": [], "avx2": ["avx2", "fma", "f16c"]}
+    needed["avx512"] = [*needed["avx2"], "avx512f", "avx512bw", "avx512dq", "avx512vl"]
+    return set(needed[isa]) <= set(flags)
+
+
+PARITY = """
+import torch, sys
+import pytest
+print(torch.ops.rpp_kernels_C.cpu_capability() if __import__("rpp_kernels") else "")
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *sys.argv[1:]]))
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set_is_the_spec(isa):
+    if not cpu_has(isa):
+        pytest.skip(f"this processor has no {isa}")
+    # Among the tests of one op each, those that compare with the spec on rows of every width and batches with holes.
+    selected = "native and (are_those_of_the_spec or every_width_of_row or every_kind_of_row or two_ulp_at_the_edges)"
+    code = PARITY.replace("*sys.argv[1:]", f"'tests/ops', '-k', {selected!r} + ' and not long_sequences'")
+    done = python(code, RPP_KERNELS_CPU_ISA=isa)
+    assert done.stdout.startswith(isa), done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+USE = "import torch, rpp_kernels; print(rpp_kernels.returns(torch.ones(1, 2)), torch.ops.rpp_kernels_C.cpu_capability())"
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["sse9", "AVX2", ""])
+def test_an_unknown_instruction_set_raises(isa):
+    failed = python(USE, RPP_KERNELS_CPU_ISA=isa)
+    assert failed.returncode != 0
+    assert f"RPP_KERNELS_CPU_ISA={isa} is not one of avx512, avx2, plain" in failed.stderr
+
+
+# ---------------------------------------------------------------- the custom ops
+
+
+def packed(dtype=torch.float32):
+    x = make_batch(4, 6, vocab=5, packed=True, dtype=dtype)
+    x["cu_seqlens"] = x["cu_seqlens"].long()
+    return x
+
+
+def op_cases():
+    """Arguments for each op in torch.ops.rpp_kernels, by its name."""
+    x, h = packed(), make_batch(4, 6, vocab=5, hidden=3, packed=True)
+    mask, cu = x["completion_mask"].clone(), x["cu_seqlens"]
+    mask[2] = False
+    T = mask.shape[0]
+    rows = torch.rand(T)
+    logits, ids = x["logits"], x["target_ids"]
+    head = h["hidden_states"], h["weight"]
+    advantages, backend = x["advantages"], "native"
+    with torch.no_grad():
+        _, *forward = torch.ops.rpp_kernels.logps_fwd(logits, ids, mask, 0.7, None, backend)
+        _, *linear = torch.ops.rpp_kernels.linear_logps_fwd(*head, None, ids, mask, 0.7, None, backend)
+        _, moments = torch.ops.rpp_kernels.whiten_fwd(advantages, mask, True, False, 1e-8, 0, backend)
+    policy = x["logps"], x["old_logps"]
+    clips = 0.2, 0.2, math.inf, 20.0
+    group = 3, 4, 0, 1, True, 1e-6, False, backend
+    group_ids = torch.tensor([0, 1, 0, 2, 1, 1, 0, 3, 3, 0, 0, 0])
+    scores = torch.randn(12)
+    whitening = True, False, 1e-8, 0, backend
+    return {
+        "logps_fwd": [(logits, ids, mask, 0.7, None, backend), (logits, ids, None, 1.0, rows + 0.5, backend)],
+        "logps_bwd": [
+            (logits, ids, mask, 0.7, None, *forward, rows, None, None, backend),
+            (logits, ids, mask, 0.7, rows + 0.5, *forward, rows, rows, rows, backend),
+        ],
+        "linear_logps_fwd": [
+            (*head, None, ids, mask, 0.7, None, backend),
+            (*head, h["bias"], ids, None, 1.0, rows + 0.5, backend),
+        ],
+        "linear_logps_bwd": [
+            (*head, None, ids, mask, 0.7, None, *linear, rows, None, rows, True, False, backend),
+            (*head, h["bias"], ids, mask, 0.7, None, *linear, rows, rows, None, False, True, backend),
+        ],
+        "kl_fwd": [(*policy, mask, 3, 2, 20.0, 1.0, backend), (*policy, None, 1, 1, 20.0, math.inf, backend)],
+        "kl_bwd": [(rows, *policy, mask, 3, 20.0, 1.0, backend)],
+        "token_rewards_fwd": [(x["scores"], x["kl"], mask, cu, 0.1, backend)],
+        "token_rewards_bwd": [(rows, mask, cu, 0.1, backend)],
+        "returns_fwd": [(x["rewards"], mask, cu, 0.9, backend), (x["rewards"], None, cu, 0.9, backend)],
+        "returns_bwd": [(rows, mask, cu, 0.9, backend)],
+        "gae_fwd": [(x["rewards"], x["values"], mask, cu, 0.9, 0.8, backend)],
+        "gae_bwd": [(rows, rows + 1, mask, cu, 0.9, 0.8, backend)],
+        "whiten_fwd": [(advantages, mask, *whitening), (advantages, None, False, True, 1e-8, 2, backend)],
+        "whiten_bwd": [(rows, advantages, mask, moments, *whitening)],
+        "group_advantages_fwd": [(scores, None, *group), (scores, group_ids, 0, 12, *group[2:])],
+        "group_advantages_bwd": [(torch.rand(12), scores, None, *group)],
+        "reinforce_pp_fwd": [
+            (x["scores"], x["old_logps"], ref, mask, cu, 0.1, 0.9, 3, math.inf, 1e-8, backend)
+            for ref in (x["ref_logps"], None)
+        ],
+        "policy_loss_fwd": [
+            (*policy, advantages, False, mask, cu, *clips, False, False, False, backend),
+            (*policy, x["scores"], True, mask, cu, *clips, True, True, True, backend),
+        ],
+        "policy_loss_bwd": [(rows, rows + 1, mask, cu, backend)],
+        "value_loss_fwd": [
+            (x["values"], x["old_values"], x["returns"], mask, cu, 0.2, False, per_token, backend)
+            for per_token in (False, True)
+        ],
+    }
+
+
+def registered_ops():
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({name.split("::")[1].split(".")[0] for name in names if name.startswith("rpp_kernels::")})
+
+
+def differentiable(name, arguments):
+    """The arguments with what a forward op is differentiated in requiring grad; constants are refused above the op."""
+    constants = {"policy_loss_fwd": (1, 2), "value_loss_fwd": (1, 2)}.get(name, ())
+    temperature = {"logps_fwd": 4, "linear_logps_fwd": 6}.get(name)
+
+    def prepare(i, x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not name.endswith("_fwd"):
+            return x
+        return x.detach().clone().requires_grad_(i not in constants and i != temperature)
+
+    return tuple(prepare(i, x) for i, x in enumerate(arguments))
+
+
+@needs_native
+def test_every_op_has_a_case():
+    assert registered_ops() == sorted(op_cases())
+
+
+@needs_native
+@pytest.mark.parametrize("name", registered_ops())
+def test_opcheck(name):
+    op = getattr(torch.ops.rpp_kernels, name).default
+    for arguments in op_cases()[name]:
+        arguments = differentiable(name, arguments)
+        tests = ["test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"]
+        torch.library.opcheck(op, arguments, test_utils=tests)
+
+
+@needs_native
+@pytest.mark.parametrize("V", [4, 5])
+def test_fake_kernels_know_the_strides_of_gradients_of_views(V):
+    # What torch.compile plans with has to be what comes: opcheck with logits that are a slice.
+    logits = torch.randn(2, 4, V)[:, :-1].requires_grad_()
+    ids = torch.zeros(6).long()
+    torch.library.opcheck(torch.ops.rpp_kernels.logps_fwd.default, (logits, ids, None, 1.0, None, "native"))
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(x, mask, *, temperature=1.0, beta=0.1, gamma=0.9, epsilon=0.2):
+    """A whole step of training, from hidden states to the loss."""
+    out = rpp.linear_logps(x["hidden_states"], x["weight"], x["target_ids"], mask, temperature=temperature)
+    old, ref = x["old_logps"], x["ref_logps"]
+    a = rpp.reinforce_pp_advantages(x["scores"], old, ref, mask, beta=beta, gamma=gamma)
+    b = rpp.gae(rpp.token_rewards(x["scores"], rpp.kl_penalty(old, ref, mask), mask, beta=beta), x["values"], mask)
+    c = rpp.returns(rpp.whiten(b.advantages, mask), mask, gamma=gamma)
+    loss = rpp.policy_loss(out.logps, old, a + c.detach(), mask, epsilon_low=epsilon, epsilon_high=epsilon).loss
+    critic = rpp.value_loss(x["values"], x["old_values"], b.returns.detach(), mask, epsilon=epsilon).loss
+    return loss + critic - 0.01 * out.entropy.sum() + rpp.kl_penalty(out.logps, ref, mask, estimator="k2").sum()
+
+
+LEARNED = ("hidden_states", "weight", "values")
+
+
+@needs_native
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_whole_step_compiles_into_one_graph_with_the_values_and_gradients_of_eager(compiler):
+    x = make_batch(3, 7, vocab=11, hidden=4)
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    got = evaluate(lambda x: compiled(x, x["completion_mask"]), x, LEARNED)
+    assert_close(got, evaluate(lambda x: step(x, x["completion_mask"]), x, LEARNED))
+    assert counter.frame_count == 1
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["temperature", "beta", "gamma", "epsilon"])
+def test_a_number_that_changes_each_step_does_not_recompile_each_step(name):
+    x = make_batch(3, 7, vocab=11, hidden=4)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for value in (0.5, 0.51, 0.52, 0.53, 0.54):
+        option = {name: value}
+        assert_close(compiled(x, x["completion_mask"], **option), step(x, x["completion_mask"], **option))
+    assert counter.frame_count <= 2  # the first number, and then any number
+
+
+@needs_native
+def test_lengths_that_change_each_step_do_not_recompile_each_step():
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for B, S in ((3, 7), (4, 9), (5, 11), (6, 8), (9, 30)):
+        x = make_batch(B, S, vocab=11, hidden=4)
+        assert_close(compiled(x, x["completion_mask"]), step(x, x["completion_mask"]))
+    assert counter.frame_count <= 3  # the first size, then any B or S, then any of both
+
+
+@needs_native
+def test_packed_lengths_and_group_sizes_do_not_recompile_each_step():
+    counter = CompileCounterWithBackend("eager")
+
+    def packed_step(x, group_size):
+        mask, cu = x["completion_mask"], x["cu_seqlens"]
+        scores = rpp.group_advantages(x["scores"], group_size=group_size, std="group")
+        a = rpp.reinforce_pp_advantages(scores, x["old_logps"], x["ref_logps"], mask, cu_seqlens=cu)
+        return rpp.policy_loss(x["logps"], x["old_logps"], a, mask, cu_seqlens=cu).loss
+
+    compiled = torch.compile(packed_step, fullgraph=True, backend=counter)
+    for B, S, size in ((4, 7, 2), (6, 9, 3), (8, 11, 4), (10, 8, 5), (12, 30, 6)):
+        x = make_batch(B, S, packed=True)
+        assert_close(compiled(x, size), packed_step(x, size))
+    assert counter.frame_count <= 4
+
+
+@needs_native
+def test_a_change_of_backend_recompiles_and_is_obeyed():
+    counter = CompileCounterWithBackend("eager")
+    x = make_batch(2, 3)
+    compiled = torch.compile(lambda x: rpp.kl_penalty(x["logps"], x["ref_logps"]), fullgraph=True, backend=counter)
+    ours = compiled(x)
+    assert "kl_fwd" in str(counter.graphs[-1].graph)
+    with rpp.use_backend("reference"):
+        assert_close(compiled(x), ours)
+    assert counter.frame_count == 2
+    assert "kl_fwd" not in str(counter.graphs[-1].graph)
+
+
+@needs_native
+@pytest.mark.parametrize("call", [ONE_OF_EACH["policy_loss token-mean"], ONE_OF_EACH["logps_from_logits"]])
+def test_errors_of_options_are_raised_under_compile_as_well(call):
+    batch = random_batch(MASK, LENGTHS)
+    bad = partial(call.function, **({"reduction": "mean"} if "logps" in call.differentiable else {"temperature": -1.0}))
+    compiled = torch.compile(lambda x: bad(rpp, x, batch.mask, None), backend="eager")
+    with pytest.raises(ValueError, match="want"):
+        compiled({k: v for k, v in batch.tensors.items() if k != "temperature"})
+
+
+def test_reductions_of_this_table_are_those_of_the_library():
+    from rpp_kernels.ops.policy_loss import REDUCTIONS as OURS
+
+    assert set(REDUCTIONS) == set(OURS)
