@@ -8,6 +8,13 @@
 #include <cstdint>
 #include <limits>
 
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC bug 105593, in the intrinsics themselves
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
 #include "cpu/isa.h"
 
 namespace rpp::plain {

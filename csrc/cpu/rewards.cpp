@@ -1,12 +1,26 @@
 // token_rewards, returns and gae: serial within a sequence, parallel over sequences. Sums are carried in double.
 #include <algorithm>
+#include <bit>
+#include <type_traits>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/scan.h"
 #include "ops.h"
 
 namespace rpp {
 namespace {
+
+// valid ? x : 0 without a branch, which a mask with holes would mispredict. By bits: a masked NaN must not survive.
+template <class T>
+T kept(bool valid, T x) {
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  return std::bit_cast<T>(std::bit_cast<Bits>(x) & -Bits(valid));
+}
+
+struct GaeCarry {
+  double advantage = 0, next_value = 0;
+};
 
 struct Sequences {
   const int64_t* cu;
@@ -33,6 +47,12 @@ struct Sequences {
       for (int64_t i = begin; i < end; ++i) f(i, cu[i], cu[i + 1]);
     });
   }
+
+  template <class Carry, bool forward = false, class Step>
+  void parallel_scan(const Step& step) const {  // step(carry, token), in the order of each sequence
+    parallel_rows(count, tokens / std::max<int64_t>(count, 1),
+                  [&](int64_t begin, int64_t end) { scan<Carry, forward>(cu, begin, end, step); });
+  }
 };
 
 }  // namespace
@@ -45,7 +65,7 @@ Tensor token_rewards_fwd(Tensor scores, Tensor kl, MaybeTensor mask, Tensor cu_s
     Tensor rewards;
     T* out = new_like<T>(kl, {s.tokens}, rewards);
     s.parallel([&](int64_t i, int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) out[t] = s.valid(t) ? static_cast<T>(-beta) * penalty[t] : T(0);
+      for (int64_t t = begin; t < end; ++t) out[t] = kept(s.valid(t), static_cast<T>(-beta) * penalty[t]);
       const int64_t last = s.last(i);
       if (last >= 0) out[last] += score[i];
     });
@@ -61,7 +81,7 @@ std::tuple<Tensor, Tensor> token_rewards_bwd(Tensor drewards, MaybeTensor mask, 
     T* out_scores = new_like<T>(drewards, {s.count}, dscores);
     T* out_kl = new_like<T>(drewards, {s.tokens}, dkl);
     s.parallel([&](int64_t i, int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) out_kl[t] = s.valid(t) ? static_cast<T>(-beta) * d[t] : T(0);
+      for (int64_t t = begin; t < end; ++t) out_kl[t] = kept(s.valid(t), static_cast<T>(-beta) * d[t]);
       const int64_t last = s.last(i);
       out_scores[i] = last >= 0 ? d[last] : T(0);
     });
@@ -75,12 +95,11 @@ Tensor returns_fwd(Tensor rewards, MaybeTensor mask, Tensor cu_seqlens, double g
     const T* r = data_of<T>(rewards, s.tokens, "rewards");
     Tensor result;
     T* out = new_like<T>(rewards, {s.tokens}, result);
-    s.parallel([&](int64_t, int64_t begin, int64_t end) {
-      double carry = 0;
-      for (int64_t t = end - 1; t >= begin; --t) {
-        if (s.valid(t)) carry = r[t] + gamma * carry;
-        out[t] = s.valid(t) ? static_cast<T>(carry) : T(0);
-      }
+    const double discount[] = {1, gamma};  // a masked token passes the carry on
+    s.parallel_scan<double>([=](double& carry, int64_t t) {
+      const bool valid = s.valid(t);
+      carry = kept(valid, r[t]) + discount[valid] * carry;
+      out[t] = kept(valid, static_cast<T>(carry));
     });
     return result;
   });
@@ -92,12 +111,11 @@ Tensor returns_bwd(Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens, double 
     const T* d = data_of<T>(dreturns, s.tokens, "dreturns");
     Tensor result;
     T* out = new_like<T>(dreturns, {s.tokens}, result);
-    s.parallel([&](int64_t, int64_t begin, int64_t end) {
-      double carry = 0;
-      for (int64_t t = begin; t < end; ++t) {
-        if (s.valid(t)) carry = d[t] + gamma * carry;
-        out[t] = s.valid(t) ? static_cast<T>(carry) : T(0);
-      }
+    const double discount[] = {1, gamma};
+    s.parallel_scan<double, true>([=](double& carry, int64_t t) {
+      const bool valid = s.valid(t);
+      carry = kept(valid, d[t]) + discount[valid] * carry;
+      out[t] = kept(valid, static_cast<T>(carry));
     });
     return result;
   });
@@ -112,16 +130,13 @@ std::tuple<Tensor, Tensor> gae_fwd(Tensor rewards, Tensor values, MaybeTensor ma
     Tensor advantages, targets;
     T* out = new_like<T>(rewards, {s.tokens}, advantages);
     T* out_targets = new_like<T>(rewards, {s.tokens}, targets);
-    s.parallel([&](int64_t, int64_t begin, int64_t end) {
-      double advantage = 0, next_value = 0;
-      for (int64_t t = end - 1; t >= begin; --t) {
-        out[t] = out_targets[t] = 0;
-        if (!s.valid(t)) continue;
-        advantage = r[t] + gamma * next_value - v[t] + gamma * gae_lambda * advantage;
-        next_value = v[t];
-        out[t] = static_cast<T>(advantage);
-        out_targets[t] = static_cast<T>(advantage + next_value);
-      }
+    s.parallel_scan<GaeCarry>([=](GaeCarry& carry, int64_t t) {
+      out[t] = out_targets[t] = 0;
+      if (!s.valid(t)) return;
+      carry.advantage = r[t] + gamma * carry.next_value - v[t] + gamma * gae_lambda * carry.advantage;
+      carry.next_value = v[t];
+      out[t] = static_cast<T>(carry.advantage);
+      out_targets[t] = static_cast<T>(carry.advantage + carry.next_value);
     });
     return std::tuple{advantages, targets};
   });
@@ -137,16 +152,13 @@ std::tuple<Tensor, Tensor> gae_bwd(Tensor dadvantages, Tensor dreturns, MaybeTen
     Tensor drewards, dvalues;
     T* out_rewards = new_like<T>(dadvantages, {s.tokens}, drewards);
     T* out_values = new_like<T>(dadvantages, {s.tokens}, dvalues);
-    s.parallel([&](int64_t, int64_t begin, int64_t end) {
-      double ddelta = 0;
-      for (int64_t t = begin; t < end; ++t) {
-        out_rewards[t] = out_values[t] = 0;
-        if (!s.valid(t)) continue;
-        const double previous = ddelta;
-        ddelta = double(da[t]) + dr[t] + gamma * gae_lambda * previous;
-        out_rewards[t] = static_cast<T>(ddelta);
-        out_values[t] = static_cast<T>(dr[t] - ddelta + gamma * previous);
-      }
+    const double discount[] = {1, gamma * gae_lambda};
+    s.parallel_scan<double, true>([=](double& ddelta, int64_t t) {
+      const bool valid = s.valid(t);
+      const double previous = ddelta;
+      ddelta = kept(valid, double(da[t]) + dr[t]) + discount[valid] * previous;
+      out_rewards[t] = kept(valid, static_cast<T>(ddelta));
+      out_values[t] = kept(valid, static_cast<T>(dr[t] - ddelta + gamma * previous));
     });
     return std::tuple{drewards, dvalues};
   });

@@ -53,6 +53,33 @@ RPP_HD double power_of_two(double shifted) {
 RPP_HD vf32 power_of_two(vf32 shifted) { return (vf32)(((vu32)shifted << 23) + (127u << 23)); }
 RPP_HD vf64 power_of_two(vf64 shifted) { return (vf64)(((vu64)shifted << 52) + (1023ull << 52)); }
 
+// ---- lanes that change their width. GCC 12 takes __builtin_convertvector of narrow lanes apart, one at a time, so
+// where there is one instruction for it, it is named.
+
+#if RPP_VECTOR_BYTES == 64
+RPP_HD vu32 widen(vu16 v) { return (vu32)_mm512_cvtepu16_epi32((__m256i)v); }
+RPP_HD vf32 widen(vf16 v) { return _mm512_cvtph_ps((__m256i)v); }
+RPP_HD vi32 widen(Traits<vf32>::Bytes v) { return (vi32)_mm512_cvtepu8_epi32((__m128i)v); }
+RPP_HD vu16 narrow(vu32 v) { return (vu16)_mm512_cvtepi32_epi16((__m512i)v); }
+RPP_HD vf16 narrow(vf32 v) { return (vf16)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif RPP_VECTOR_BYTES == 32
+RPP_HD vu32 widen(vu16 v) { return (vu32)_mm256_cvtepu16_epi32((__m128i)v); }
+RPP_HD vf32 widen(vf16 v) { return _mm256_cvtph_ps((__m128i)v); }
+RPP_HD vi32 widen(Traits<vf32>::Bytes v) { return (vi32)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)v)); }
+RPP_HD vu16 narrow(vu32 v) {                                           // of lanes below 2^16
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);  // in each half of the register
+  return (vu16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+RPP_HD vf16 narrow(vf32 v) { return (vf16)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+RPP_HD vu32 widen(vu16 v) { return __builtin_convertvector(v, vu32); }
+RPP_HD vf32 widen(vf16 v) { return __builtin_convertvector(v, vf32); }
+RPP_HD vi32 widen(Traits<vf32>::Bytes v) { return __builtin_convertvector(v, vi32); }
+RPP_HD vu16 narrow(vu32 v) { return __builtin_convertvector(v, vu16); }
+RPP_HD vf16 narrow(vf32 v) { return __builtin_convertvector(v, vf16); }
+#endif
+RPP_HD vi64 widen(Traits<vf64>::Bytes v) { return __builtin_convertvector(v, vi64); }
+
 // ---- memory: any storage type in and out, computed in float or double
 
 template <class V>
@@ -63,19 +90,19 @@ RPP_HD V load_as(const void* p) {
 }
 RPP_HD vf32 load(const float* p) { return load_as<vf32>(p); }
 RPP_HD vf64 load(const double* p) { return load_as<vf64>(p); }
-RPP_HD vf32 load(const bf16* p) { return (vf32)(__builtin_convertvector(load_as<vu16>(p), vu32) << 16); }
-RPP_HD vf32 load(const f16* p) { return __builtin_convertvector(load_as<vf16>(p), vf32); }
+RPP_HD vf32 load(const bf16* p) { return (vf32)(widen(load_as<vu16>(p)) << 16); }
+RPP_HD vf32 load(const f16* p) { return widen(load_as<vf16>(p)); }
 
 RPP_HD void store(float* p, vf32 v) { __builtin_memcpy(p, &v, sizeof v); }
 RPP_HD void store(double* p, vf64 v) { __builtin_memcpy(p, &v, sizeof v); }
 RPP_HD void store(bf16* p, vf32 v) {  // round to nearest even; a NaN keeps its top bits and stays one
   const vu32 bits = (vu32)v;
   const vu32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu16 half = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40u, vu16);
+  const vu16 half = narrow(v == v ? rounded : (bits >> 16) | 0x40u);
   __builtin_memcpy(p, &half, sizeof half);
 }
 RPP_HD void store(f16* p, vf32 v) {
-  const vf16 half = __builtin_convertvector(v, vf16);
+  const vf16 half = narrow(v);
   __builtin_memcpy(p, &half, sizeof half);
 }
 
@@ -101,7 +128,7 @@ RPP_HD Mask<V> load_mask(const bool* p, int64_t n) {
   if (!p) __builtin_memset(&bytes, 1, n);
   else if (n == int64_t{sizeof bytes}) __builtin_memcpy(&bytes, p, sizeof bytes);
   else __builtin_memcpy(&bytes, p, n);
-  return __builtin_convertvector(bytes, Mask<V>) != Mask<V>{};
+  return widen(bytes) != Mask<V>{};
 }
 
 template <class V>

@@ -109,8 +109,12 @@ RPP_HD void dlogits_row(const S* x, S* dx, int64_t n, RowGradient<Compute<S>> g)
   constexpr int64_t N = lanes<Compute<S>>;
   const RowGradient<V> gv = {V{} + g.shift, V{} + g.rest, V{} + g.inverse_temperature, V{} + g.weight,
                              V{} + g.entropy_weight};
+  constexpr int64_t kAhead =
+      2048 / sizeof(S);  // what the hardware brings by itself comes too late, most of all for bf16
   int64_t i = 0;
   for (; i + 2 * N <= n; i += 2 * N) {
+    __builtin_prefetch(x + i + kAhead);
+    if constexpr (2 * N * sizeof(S) > 64) __builtin_prefetch(x + i + N + kAhead);
     const V a = dlogit<with_entropy>(load(x + i), gv);
     const V b = dlogit<with_entropy>(load(x + i + N), gv);
     store(dx + i, a);
