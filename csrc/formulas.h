@@ -23,7 +23,8 @@ RPP_HD F clamp(F x, F low, F high) {
 // ---- exponential: exp(x) = 2^n * (1 + f + q(f)), n = round(x / ln 2), |f| <= ln(2) / 2, q(f) = exp(f) - 1 - f
 //
 // Stated error: 2 ulp where the result is normal (tests/ops/test_exponential.py). Below that the result is the smallest
-// normal number, about 1e-38 (2e-308 in double), so that 0 * -inf never arises; above 89 (710) it is infinite.
+// normal number, about 1e-38 (2e-308 in double), so that 0 * -inf never arises; above 127.5 ln 2 = 88.37 (1023.5 ln 2 =
+// 709.4) it is infinite.
 
 template <class F>
 struct Exponential {
@@ -163,10 +164,12 @@ struct CriticLoss {
 template <class F>
 RPP_HD CriticLoss<F> clipped_critic_loss(F value, F old_value, F target, F epsilon) {  // epsilon: infinite for no clip
   const F change = value - old_value;
-  const Mask<F> outside = (change > epsilon) | (change < -epsilon);
+  const Mask<F> inside = (change <= epsilon) & (change >= -epsilon);
   const F error = value - target;
-  const F clipped_error = (outside ? old_value + clamp(change, -epsilon, epsilon) : value) - target;
-  const Mask<F> clipped = clipped_error * clipped_error > error * error;
-  const F chosen = clipped ? clipped_error : error;
-  return {num<F>(0.5) * chosen * chosen, clipped ? F{} : error, error * error, clipped};
+  const F clipped_error = (inside ? value : old_value + clamp(change, -epsilon, epsilon)) - target;
+  // Asked this way round, a NaN anywhere is chosen; and the slope of the clipped branch is 0, or NaN.
+  const Mask<F> unclipped = error * error >= clipped_error * clipped_error;
+  const F chosen = unclipped ? error : clipped_error;
+  const F slope = unclipped ? error : clipped_error - clipped_error;
+  return {num<F>(0.5) * chosen * chosen, slope, error * error, clipped_error * clipped_error > error * error};
 }

@@ -272,7 +272,7 @@ def whiten(
     mean = x.sum() / count.clamp(min=1)
     centered = _select(x - mean, mask)
     variance = centered.square().sum() / (count - int(unbiased)).clamp(min=1)
-    whitened = centered * _inverse_std(variance, eps, eps_mode)
+    whitened = _select(centered * _inverse_std(variance, eps, eps_mode), mask)
     return whitened if shift_mean else _select(whitened + mean, mask)
 
 
@@ -450,8 +450,8 @@ def _select(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _safe_sqrt(x: Tensor) -> Tensor:
     """sqrt whose gradient at 0 is 0 rather than infinite: a group of equal scores must not poison the others."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
 
 
 def _inverse_std(variance: Tensor, eps: float, eps_mode: str) -> Tensor:

@@ -114,8 +114,8 @@ def assert_close_to_reference(
 ) -> None:
     """`call(rpp_kernels, tensors)` against `call(reference, tensors)`: every result and every gradient, by `within`.
 
-    The floor is `ulps` units in the last place of the largest value, and `atol`. Float64 is its own spec: its floor is 1e-12 of the
-    largest of all results, lse among them, whose rounding the spec carries into the others.
+    The floor is `ulps` units in the last place of the largest value, and `atol`. Float64 is its own spec: its floor is
+    1e-12 of the largest of all results, lse among them, whose rounding the spec carries into the others.
     """
     wide = {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
     actual = evaluate(partial(call, rpp_kernels), tensors, differentiable)
@@ -140,8 +140,8 @@ def largest_of(x: Tensor) -> float:
 def within(name: str, actual: Tensor, same: Tensor, exact: Tensor, factor: float, floor: float) -> None:
     """Asserts that the largest error of `actual` is at most `factor` times that of the spec in the `same` dtype.
 
-    The `floor` is for results where the spec's own rounding happens to be (nearly) nothing. What is not finite has to be
-    the same.
+    The `floor` is for results where the spec's own rounding happens to be (nearly) nothing. What is not finite has to
+    be the same.
     """
     assert actual.dtype == same.dtype, f"{name} is {actual.dtype}, want {same.dtype}"
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, want {tuple(exact.shape)}"

@@ -13,8 +13,7 @@ RUNS = (
 
 
 def pytest_generate_tests(metafunc):
-    """A test that asks for `backend` or `device` runs on every one; marked `kernels`, on all but the reference, of which
-    it holds by definition."""
+    """A test that asks for `backend` or `device` runs on every one; marked `kernels`, on all but the reference."""
     if "run" in metafunc.fixturenames:
         kernels = metafunc.definition.get_closest_marker("kernels")
         runs = [run for run in RUNS if not kernels or run[0] != "reference"]
@@ -22,7 +21,9 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "kernels: a test that the reference cannot fail, such as agreement with it")
+    config.addinivalue_line(
+        "markers", "kernels: not for the reference, of which it holds by definition or by test_reference.py"
+    )
 
 
 @pytest.fixture

@@ -518,6 +518,12 @@ def test_a_logit_of_minus_infinity_has_probability_0_and_finite_entropy_and_grad
     assert (gradient[logits == -torch.inf] == 0).all()
 
 
+@pytest.mark.parametrize("row", [[0, math.nan, 1], [-math.inf] * 3, [math.nan, -math.inf, -math.inf]])
+def test_a_row_that_is_no_distribution_is_nan_in_logps_and_entropy(row):
+    out = reference.logps_from_logits(f32(row, [1, 2, 3]), torch.tensor([1, 1]))
+    assert out.logps.isnan().tolist() == out.entropy.isnan().tolist() == [True, False]
+
+
 def test_a_target_of_probability_0_has_logps_minus_infinity_and_a_finite_gradient():
     logits = f32([[0, -torch.inf, 0]]).requires_grad_()
     out = reference.logps_from_logits(logits, torch.tensor([1]))

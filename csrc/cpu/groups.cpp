@@ -44,7 +44,8 @@ struct Groups {
         size(group_size),
         options(o),
         groups(num_groups) {
-    STD_TORCH_CHECK(ids || (size > 0 && (batch + size - 1) / size <= num_groups), "group_size does not fit the batch");
+    STD_TORCH_CHECK(batch == 0 || ids || (size > 0 && (batch + size - 1) / size <= num_groups),
+                    "group_size does not fit the batch");
     for (int64_t i = 0; ids && i < batch; ++i)
       STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < num_groups, "group_ids: ", ids[i], " is outside ", num_groups, " groups");
     for (int64_t i = 0; i < batch; ++i) {

@@ -23,6 +23,7 @@ constexpr const char* kNames[] = {"plain", "avx2", "avx512"};
 
 Isa choose() {
   const char* wanted = std::getenv("RPP_KERNELS_CPU_ISA");
+  if (wanted && !*wanted) wanted = nullptr;
   for (Isa isa : {Isa::avx512, Isa::avx2, Isa::plain}) {
     if (wanted && wanted != std::string(kNames[static_cast<int>(isa)])) continue;
     if (supported(isa)) return isa;

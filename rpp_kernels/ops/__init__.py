@@ -25,9 +25,15 @@ def kernel_op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"rpp_kernels::{name}", fake, lib=_LIBRARY)
         op: Callable[..., Any] = getattr(torch.ops.rpp_kernels, name).default
+        if name.endswith("_bwd"):  # without a formula of its own, PyTorch would take its gradient for zero
+            register_gradient(op, _no_second_derivative, lambda ctx, inputs, output: None)
         return op
 
     return register
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("rpp_kernels has no second derivatives; use_backend('reference') has")
 
 
 def register_gradient(op: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

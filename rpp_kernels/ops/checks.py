@@ -74,7 +74,8 @@ def check_number(
     open_low: bool = False,
 ) -> None:
     """A plain number of low <= value <= high (low < value with `open_low`); a NaN is none."""
-    if isinstance(value, (Tensor, str, bool)) or not (low <= value <= high) or (open_low and value == low):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (low <= value <= high) or (open_low and value == low):
         fail(name, wanted, repr(value))
 
 

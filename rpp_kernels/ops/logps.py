@@ -1,5 +1,6 @@
 """Per-token log-probs, entropy and log-sum-exp: from logits, or from hidden states without storing the logits."""
 
+import math
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def _rows_like(x: Tensor, rows: int) -> Tensor:
 
 
 def _logps_shapes(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = logits.shape[:-1].numel()
+    rows = math.prod(logits.shape[:-1])  # not .numel(), which torch.compile takes for a constant
     return _rows_like(logits, rows), _rows_like(logits, rows), _rows_like(logits, rows), _rows_like(logits, rows)
 
 

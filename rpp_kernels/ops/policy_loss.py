@@ -354,6 +354,8 @@ def _check_loss(
     if (reduction == "seq-mean-token-sum-norm") != (max_completion_length is not None):
         wanted = "a positive integer" if max_completion_length is None else "None"
         fail("max_completion_length", f"{wanted} with reduction {reduction!r}", max_completion_length)
+    if max_completion_length is not None and not isinstance(max_completion_length, int):
+        fail("max_completion_length", "a positive integer", max_completion_length)
     if max_completion_length is not None:
         check_number("max_completion_length", max_completion_length, "a positive integer", 1)
     return starts, reduction == "token-mean"

@@ -119,7 +119,7 @@ def normalize_rewards(
         ValueError: a shape, dtype or range that is not as above.
     """
     check_floats("scores", scores, (1,))
-    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+    if clip is not None and not (isinstance(clip, (tuple, list)) and len(clip) == 2 and clip[0] < clip[1]):
         fail("clip", "(low, high) with low < high, or None", repr(clip))
     check_number("scale", scale, "a finite number", -1e30, 1e30)
     # One path for every backend: the whitening is the only step with a kernel, the rest is B numbers.

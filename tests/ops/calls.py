@@ -69,9 +69,7 @@ def _policy(f, x, mask, cu_seqlens, advantages="advantages", reduction="token-me
     worth = x[advantages][:, None] if advantages in PER_SEQUENCE else x[advantages]
     if reduction == "seq-mean-token-sum-norm":
         options["max_completion_length"] = 9
-    return f.policy_loss(
-        x["logps"], x["old_logps"], worth, mask, reduction=reduction, cu_seqlens=cu_seqlens, **options
-    )
+    return f.policy_loss(x["logps"], x["old_logps"], worth, mask, reduction=reduction, cu_seqlens=cu_seqlens, **options)
 
 
 def _value(f, x, mask, cu_seqlens, reduction="token-mean", **options):
@@ -107,9 +105,7 @@ CALLS = {
         )
         for k in ESTIMATORS
     },
-    "reinforce_pp_advantages clamped": Call(
-        partial(_reinforce_pp, kl_clamp=0.2), ("scores", "old_logps", "ref_logps")
-    ),
+    "reinforce_pp_advantages clamped": Call(partial(_reinforce_pp, kl_clamp=0.2), ("scores", "old_logps", "ref_logps")),
     "reinforce_pp_advantages without KL": Call(partial(_reinforce_pp, ref=None, beta=0.0), ("scores",)),
     **{f"policy_loss {r}": Call(partial(_policy, reduction=r), ("logps",)) for r in REDUCTIONS},
     **{f"policy_loss sequence {r}": Call(partial(_policy, reduction=r, **LEVEL), ("logps",)) for r in REDUCTIONS},

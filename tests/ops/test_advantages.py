@@ -36,7 +36,7 @@ def test_returns_for_every_discount_and_length(gamma, S, dtype, device):
 @pytest.mark.parametrize("gae_lambda", [0, 0.95, 1])
 @pytest.mark.parametrize("gamma", [0, 0.9, 1])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gae_for_every_discount(gae_lambda, gamma, packed, dtype, device):
     x = make_batch(5, 33, packed=packed, dtype=dtype, device=device)
 
@@ -78,9 +78,7 @@ def test_gradient_of_one_result_of_gae_alone(which, backend, device):
     x = make_batch(3, 5, dtype=torch.float64, device=device)
     inputs = x["rewards"].requires_grad_(), x["values"].requires_grad_()
     options = {"gamma": 0.9, "gae_lambda": 0.8}
-    assert torch.autograd.gradcheck(
-        lambda r, v: getattr(rpp.gae(r, v, x["completion_mask"], **options), which), inputs
-    )
+    assert torch.autograd.gradcheck(lambda r, v: getattr(rpp.gae(r, v, x["completion_mask"], **options), which), inputs)
 
 
 def test_long_float32_sums_keep_their_digits(backend, device):

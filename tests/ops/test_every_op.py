@@ -44,10 +44,10 @@ def assert_same(backend: str, got, want) -> None:
 
 
 @cache
-def long_batch(*lengths: int, dtype=torch.float32, device="cpu") -> Batch:
+def long_batch(*lengths: int, device: str) -> Batch:
     lengths = torch.tensor(lengths)
     mask = torch.rand(len(lengths), int(lengths.max()), generator=torch.Generator().manual_seed(1)) < 0.9
-    return to_device(packed(random_batch(mask, lengths, vocab=4, dtype=dtype)), device)
+    return to_device(packed(random_batch(mask, lengths, vocab=4, dtype=torch.float32)), device)
 
 
 # ---------------------------------------------------------------- value and gradient
@@ -62,22 +62,22 @@ def test_value_and_gradient_are_those_of_the_spec(call, layout, dtype, backend, 
     assert_close_to_reference(call.on(batch), batch.tensors, call.differentiable)
 
 
-# The spec walks time in Python, so only ops that do not walk get sequences beyond the 4096 tokens that kernels sum at once.
+# The spec walks time in Python: only ops that do not get sequences beyond the 4096 tokens that kernels sum at once.
 WALKING = ("returns", "gae", "reinforce_pp")
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_value_and_gradient_of_long_sequences_are_those_of_the_spec(name, dtype, device):
-    lengths = (1100, 1, 0, 1025, 33) if name.startswith(WALKING) else (4500, 1, 0, 1025, 4099, 33)
-    batch, call = long_batch(*lengths, dtype=dtype, device=device), CALLS[name]
+def test_value_and_gradient_of_long_sequences_are_those_of_the_spec(name, device):
+    lengths = (1030, 1, 0, 33) if name.startswith(WALKING) else (4500, 1, 0, 1025, 4099, 33)
+    batch, call = long_batch(*lengths, device=device), CALLS[name]
     assert_close_to_reference(call.on(batch), batch.tensors, call.differentiable)
 
 
 @every_call
+@pytest.mark.kernels
 @both_layouts
-def test_gradcheck(call, layout, backend, device):
+def test_gradcheck(call, layout, device):
     mask = torch.tensor([[1, 0, 1], [1, 1, 0]], device=device).bool()
     batch = to_device(layout(random_batch(mask.cpu(), torch.tensor([3, 2]), vocab=3, seed=3)), device)
     if call is CALLS["kl_penalty k3 with the gradient of k2"]:
@@ -105,37 +105,35 @@ def assert_padded_equals_packed(call, batch: Batch, device: str) -> None:
 
 
 @every_call
-def test_padded_equals_packed(call, backend, device):
+@pytest.mark.kernels
+def test_padded_equals_packed(call, device):
     assert_padded_equals_packed(call, random_batch(MASK, LENGTHS), device)
 
 
 @every_call
+@pytest.mark.kernels
 @few_examples
 @given(batch=ragged_batches())
-def test_property_padded_equals_packed(call, batch, backend, device):
+def test_property_padded_equals_packed(call, batch, device):
     assert_padded_equals_packed(call, batch, device)
 
 
 @pytest.fixture
-def nan_in_fresh_memory():
+def nan_in_fresh_memory(monkeypatch):
     """torch.empty, and what kernels allocate, is full of NaN rather than of whatever was there."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
-    before, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        True,
-    )
     assert torch.empty(3).isnan().all()
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)
 
 
 @every_call
+@pytest.mark.kernels
 @both_layouts
 @pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf])
-def test_poison_where_masked_changes_nothing_and_gives_exact_zeros(
-    call, layout, fill, backend, device, nan_in_fresh_memory
-):
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+def test_poison_where_masked_changes_nothing_and_gives_exact_zeros(call, layout, fill, device):
     clean = layout(random_batch(MASK, LENGTHS))
     batch = to_device(layout(poisoned(random_batch(MASK, LENGTHS), fill)), device)  # target_ids: -100
     got = run_call(call, batch)
@@ -147,23 +145,27 @@ def test_poison_where_masked_changes_nothing_and_gives_exact_zeros(
 
 
 @every_call
-def test_poison_in_float32_where_masked_changes_nothing(call, backend, device, nan_in_fresh_memory):
+@pytest.mark.kernels
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+def test_poison_in_float32_where_masked_changes_nothing(call, device):
     x = random_batch(MASK, LENGTHS, dtype=torch.float32)
     got = run_call(call, to_device(poisoned(x, math.nan), device))
     assert_identical(got, run_call(call, to_device(x, device)))
 
 
 @every_call
+@pytest.mark.kernels
 @both_layouts
-def test_no_mask_is_a_mask_of_ones(call, layout, backend, device):
+def test_no_mask_is_a_mask_of_ones(call, layout, device):
     batch = to_device(layout(random_batch(torch.ones(3, 4).bool(), torch.tensor([4, 4, 4]))), device)
     assert_identical(run_call(call, batch._replace(mask=None)), run_call(call, batch))
 
 
 @every_call
-@pytest.mark.parametrize(("B", "S"), [(1, 1), (3, 1), (2, 17)])
+@pytest.mark.kernels
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (2, 17)])
 @both_layouts
-def test_a_batch_without_a_valid_token_gives_zeros(call, layout, B, S, backend, device):
+def test_a_batch_without_a_valid_token_gives_zeros(call, layout, B, S, device):
     batch = random_batch(torch.zeros(B, S).bool(), torch.full((B,), S), vocab=1, dtype=torch.float32)
     got = run_call(call, to_device(layout(poisoned(batch, math.nan)), device))
     assert all((x == 0).all() for x in got.values())
@@ -179,8 +181,9 @@ def test_an_empty_padded_batch_gives_empty_results(call, B, S, backend, device):
 
 
 @every_call
+@pytest.mark.kernels
 @pytest.mark.parametrize("B", [0, 2])
-def test_an_empty_packed_batch_gives_empty_results(call, B, backend, device):
+def test_an_empty_packed_batch_gives_empty_results(call, B, device):
     batch = packed(random_batch(torch.zeros(B, 3).bool(), torch.zeros(B, dtype=torch.long)))
     got = run_call(call, to_device(batch, device))
     assert all((x == 0).all() for x in got.values())
@@ -283,7 +286,8 @@ def test_two_threads_give_the_bits_of_one(call, device):
     torch.set_num_threads(before)
     one, two = results
     if "dweight" in one:  # a sum over tokens within a library's matrix product, which splits it among its threads
-        assert_close(two.pop("dweight"), one.pop("dweight"))
+        dweight = one.pop("dweight")
+        assert_close(two.pop("dweight"), dweight, rtol=0, atol=1e-6 * dweight.abs().max().item())
     assert_identical(two, one)
 
 
@@ -298,8 +302,9 @@ def _fresh_compiler():
 
 
 @one_of_each
+@pytest.mark.kernels
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_without_graph_breaks_gives_what_eager_gives(call, backend, device):
+def test_compiled_without_graph_breaks_gives_what_eager_gives(call, device):
     batch = to_device(random_batch(MASK, LENGTHS, dtype=torch.float32), device)
     compiled = torch.compile(lambda x: call.on(batch)(rpp_kernels, x), fullgraph=True, backend="aot_eager")
     got = evaluate(compiled, batch.tensors, call.differentiable, weights_of_the_same_place)

@@ -1,6 +1,6 @@
 """The exponential of csrc/formulas.h, of which every probability and ratio is made: 2 ulp, as it says there.
 
-Seen through policy_loss: with advantage -1 and nothing clipped the loss of a token is exp(logps - 0), and so is its slope.
+Seen through policy_loss: with advantage -1 and nothing clipped the loss of a token is exp(logps), and so is its slope.
 """
 
 import math

@@ -84,7 +84,9 @@ def test_k2_k3_and_abs_are_never_below_0_and_0_where_the_policies_agree(backend,
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("options", [{"log_ratio_clamp": 1.0}, {"kl_clamp": 1.5}, {"log_ratio_clamp": 2, "kl_clamp": 1}])
+@pytest.mark.parametrize(
+    "options", [{"log_ratio_clamp": 1.0}, {"kl_clamp": 1.5}, {"log_ratio_clamp": 2, "kl_clamp": 1}]
+)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_clamps_in_value_and_gradient_and_at_the_very_bound(estimator, options, device):
     d = torch.cat([torch.linspace(-3, 3, 100), torch.tensor([-2.0, -1.5, -1.0, 1.0, 1.5, 2.0])])
@@ -112,7 +114,7 @@ def test_infinite_log_probs_are_those_of_the_spec(estimator, device):
 def test_any_shape_of_at_least_one_dimension(shape, backend, device):
     x = pair(torch.linspace(-1, 1, math.prod(shape)).reshape(shape), device)
     if not shape:
-        with pytest.raises(ValueError, match="logps: want .* dimension"):
+        with pytest.raises(ValueError, match=r"logps: want .* dimension"):
             kl(rpp, x)
         return
     got = evaluate(partial(kl, rpp, estimator="k2"), x, ["logps", "ref_logps"])

@@ -12,7 +12,7 @@ from rpp_kernels.testing import assert_close_to_reference, evaluate, make_batch
 
 assert_close = torch.testing.assert_close
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16]  # the others: test_every_op.py
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "none")
 both_levels = pytest.mark.parametrize("level", ["token", "sequence"])
 
@@ -96,9 +96,9 @@ def test_every_size_of_log_ratio(level, scale, device):
 def test_every_length(S, level, device):
     x = make_batch(3, S, device=device)
     # A mean of losses of both signs may be near 0: atol is half a unit in the last place of one token's loss. One ratio
-    # for all tokens, added up, rounds to the same side each time: hence the ulps.
+    # for all tokens of a sequence rounds to the same side each time that it is added: hence the ulps.
     call = partial(policy, importance_sampling_level=level)
-    assert_close_to_reference(call, x, ["logps"], atol=6e-8, ulps=8)
+    assert_close_to_reference(call, x, ["logps"], atol=6e-8, ulps=64)
     assert_close_to_reference(critic, x, ["values"])
 
 
@@ -295,7 +295,7 @@ def test_gradient_of_tokens_that_nobody_asked_for(level, backend, device):
 def test_loss_is_backward_through_in_one_line(backend, device):
     x = make_batch(3, 5, device=device)
     logps = x["logps"].requires_grad_()
-    loss, stats = policy(rpp, x)
+    loss = policy(rpp, x).loss
     (3 * loss).backward()
     assert loss.dim() == 0
     assert_close(logps.grad, 3 * torch.autograd.grad(policy(rpp, x).loss, logps)[0])
@@ -345,7 +345,10 @@ SHARED = [
         ({"advantages": ZEROS.clone().requires_grad_()}, "advantages: want a constant"),
         ({"advantages": ZEROS.int()}, "advantages: want a float32"),
         ({"advantages": ZEROS.to("meta")}, "advantages: want a tensor on cpu"),
-        ({"advantages": ZEROS[0]}, r"advantages: want \(2, 3\), one for each token, or \(2, 1\) or \(2,\), one for each"),
+        (
+            {"advantages": ZEROS[0]},
+            r"advantages: want \(2, 3\), one for each token, or \(2, 1\) or \(2,\), one for each",
+        ),
         ({"advantages": ZEROS[:1]}, r"advantages: want \(2, 3\), one for each token"),
         ({"advantages": torch.zeros(())}, "advantages: want"),
         ({"epsilon_low": -0.1}, "epsilon_low: want a number from 0 to 1"),

@@ -40,7 +40,7 @@ def step_by_step(x, *, beta=0.01, gamma=1.0, kl_estimator="k1", kl_clamp=None, e
 @pytest.mark.kernels
 @every_option
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_value_and_gradient_are_those_of_the_spec(options, packed, dtype, device):
     x = make_batch(7, 50, packed=packed, dtype=dtype, device=device)
     assert_close_to_reference(partial(fused, **options), x, DIFFERENTIABLE)

@@ -142,7 +142,10 @@ PACKED = {"kl": torch.zeros(6), "cu_seqlens": torch.tensor([0, 4, 6])}
         (PACKED | {"cu_seqlens": torch.tensor([[0, 4, 6]])}, r"cu_seqlens: want an int32 or int64 .* \(B\+1,\)"),
         (PACKED | {"cu_seqlens": torch.tensor([], dtype=torch.int32)}, "cu_seqlens: want at least one element"),
         (PACKED | {"cu_seqlens": torch.tensor([0, 4, 6], device="meta")}, "cu_seqlens: want .* on cpu"),
-        (PACKED | {"cu_seqlens": torch.tensor([0, 4, 5])}, "cu_seqlens: want 0, never falling, up to the 6 tokens of kl"),
+        (
+            PACKED | {"cu_seqlens": torch.tensor([0, 4, 5])},
+            "cu_seqlens: want 0, never falling, up to the 6 tokens of kl",
+        ),
         (PACKED | {"cu_seqlens": torch.tensor([1, 4, 6])}, "cu_seqlens: want 0, never falling"),
         (PACKED | {"cu_seqlens": torch.tensor([0, 7, 6])}, "cu_seqlens: want 0, never falling"),
         (PACKED | {"cu_seqlens": torch.tensor([0, 2, 4, 6])}, r"scores: want the shape \(3,\)"),

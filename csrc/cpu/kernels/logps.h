@@ -97,7 +97,9 @@ void logps_fwd_rows(const LogpsArgs<S>& a, int64_t begin, int64_t end) {
     const double log_sum = std::log(r.sum), max = r.max * inverse_temperature;
     const double target = to_double(x[a.target_ids[row]]) * inverse_temperature;
     a.logps[row] = static_cast<T>((target - max) - log_sum);
-    a.entropy[row] = static_cast<T>(log_sum - r.weighted / r.sum);
+    // A row of nothing but -inf is no distribution, though the terms of its sum are there.
+    a.entropy[row] =
+        std::isinf(r.max) ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(log_sum - r.weighted / r.sum);
     a.lse[row] = static_cast<T>(max + log_sum);
     a.lse_rest[row] = static_cast<T>((max - a.lse[row]) + log_sum);
   }

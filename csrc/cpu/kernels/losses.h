@@ -12,7 +12,7 @@ RPP_HD int64_t count_valid(const bool* mask, int64_t begin, int64_t end) {
 // Sums in lanes of T over at most kBlock tokens, then in double: counts stay exact and long sums keep their digits.
 template <class T, int K>
 struct LaneSums {
-  static constexpr int64_t kBlock = 4096;
+  static constexpr int64_t kBlock = 1024;
   Vector<T> lane[K] = {};
   double total[K] = {};
 
