@@ -1,7 +1,7 @@
 """Runs the trainer's demo for several seeds: `python benchmarks/demo.py [--seeds 0 1 2] [--json FILE]`.
 
-What README promises of `make demo`, as numbers: held-out accuracy before and after RL, and the time it took. The JSON is
-read by benchmarks/report.py, which writes the table of docs/trainer.md.
+What README promises of `make demo`, as numbers: held-out accuracy before and after RL, and the time it took.
+benchmarks/report.py turns the JSON into the table of docs/trainer.md.
 """
 
 import argparse

@@ -58,7 +58,11 @@ def main() -> None:
     described = {case.name: {k: getattr(case, k) for k in ("op", "shape", "why")} for case in chosen}
     for case in chosen:
         described[case.name] |= {"floor": case.floor.what, "unit": case.floor.unit, "amount": case.floor.amount}
-    result = {"machine": machine(args.threads), "cases": described, "rows": [asdict(row) for row in rows]}
+    result = {
+        "machine": machine(args.threads, " ".join(["python", "benchmarks/run.py", *sys.argv[1:]])),
+        "cases": described,
+        "rows": [asdict(row) for row in rows],
+    }
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -139,7 +143,7 @@ def _row(
     )
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, command: str) -> dict[str, Any]:
     import torch
 
     from rpp_kernels.backends import native
@@ -153,7 +157,7 @@ def machine(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
-        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "command": command,
     }
 
 
