@@ -5,7 +5,7 @@
 namespace rpp {
 
 // Count, mean and sum of squared deviations: they merge exactly as one pass over both parts would have found (Chan et
-// al. 1979), and always in the order of the tokens, so that a result does not depend on the number of threads.
+// al. 1979), and always in the same order, so that a result does not depend on the number of threads.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
 

@@ -154,7 +154,7 @@ def policy_loss(
         ValueError: a shape, dtype, device, option or range that is not as above; `old_logps` or `advantages` that
             require grad.
     """
-    starts, counts_tokens = _check_loss(
+    starts = _check_loss(
         "logps",
         logps,
         {"old_logps": old_logps},
@@ -206,10 +206,8 @@ def policy_loss(
         backend,
     )
     named = PolicyStats(*stats.detach().unbind())
-    if reduction == "none":
-        return PolicyLoss(loss.view(logps.shape), named)
-    count = named.num_tokens if counts_tokens else named.num_sequences
-    return PolicyLoss(_divided(loss, count, num_items_in_batch, max_completion_length), named)
+    divided = _divided(loss, named, reduction, num_items_in_batch, max_completion_length)
+    return PolicyLoss(divided.view(logps.shape if reduction == "none" else ()), named)
 
 
 def _check_advantages(advantages: Tensor, logps: Tensor, batch: int, cu_seqlens: Tensor | None) -> None:
@@ -285,7 +283,7 @@ def value_loss(
         ValueError: a shape, dtype, device, option or range that is not as above; constants that require grad.
     """
     constants = {"old_values": old_values, "returns": returns}
-    starts, counts_tokens = _check_loss(
+    starts = _check_loss(
         "values", values, constants, completion_mask, reduction, num_items_in_batch, max_completion_length, cu_seqlens
     )
     if epsilon is not None:
@@ -316,10 +314,8 @@ def value_loss(
         backend,
     )
     named = ValueStats(*stats.detach().unbind())
-    if reduction == "none":
-        return ValueLoss(loss.view(values.shape), named)
-    count = named.num_tokens if counts_tokens else named.num_sequences
-    return ValueLoss(_divided(loss, count, num_items_in_batch, max_completion_length), named)
+    divided = _divided(loss, named, reduction, num_items_in_batch, max_completion_length)
+    return ValueLoss(divided.view(values.shape if reduction == "none" else ()), named)
 
 
 # ---------------------------------------------------------------- shared
@@ -334,8 +330,8 @@ def _check_loss(
     num_items_in_batch: float | Tensor | None,
     max_completion_length: int | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, bool]:
-    """Where sequences start, and whether the reduction counts tokens."""
+) -> Tensor:
+    """Where sequences start."""
     check_floats(name, learned, (1, 2))
     for other, x in constants.items():
         check_like(other, x, name, learned)
@@ -358,13 +354,20 @@ def _check_loss(
         fail("max_completion_length", "a positive integer", max_completion_length)
     if max_completion_length is not None:
         check_number("max_completion_length", max_completion_length, "a positive integer", 1)
-    return starts, reduction == "token-mean"
+    return starts
 
 
 def _divided(
-    loss_sum: Tensor, count: Tensor, num_items_in_batch: float | Tensor | None, max_completion_length: int | None
+    loss: Tensor,
+    stats: PolicyStats | ValueStats,
+    reduction: str,
+    num_items_in_batch: float | Tensor | None,
+    max_completion_length: int | None,
 ) -> Tensor:
+    if reduction == "none":
+        return loss
+    count = stats.num_tokens if reduction == "token-mean" else stats.num_sequences
     divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     if max_completion_length is not None:
         divisor = divisor * max_completion_length
-    return (loss_sum / divisor).to(loss_sum.dtype)
+    return (loss / divisor).to(loss.dtype)
