@@ -21,6 +21,7 @@ def main() -> None:
     from rpp_trainer.train import train
     from run import machine
 
+    described = machine(1, " ".join(["python", "benchmarks/demo.py", *sys.argv[1:]]))
     rows = []
     for seed in args.seeds:
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -37,8 +38,7 @@ def main() -> None:
                 "peak_memory_mb": metrics[-1]["peak_memory_mb"],
             }
         )
-    command = " ".join(["python", "benchmarks/demo.py", *sys.argv[1:]])
-    args.json.write_text(json.dumps({"machine": machine(1, command), "rows": rows}, indent=1) + "\n")
+    args.json.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def summary(result: dict[str, Any]) -> str:
         f"{m['cpu']}, {m['threads']} threads, kernels for {m['capability']}, torch {m['torch']}, commit {m['commit']}; "
         "medians of one interleaved run.",
         "",
-        "| case | shape | ms | others take | of floor's speed |",
+        "| case | shape | ms | the time that others take | of floor's speed |",
         "|---|---|--:|---|--:|",
     ]
     for name, case in result["cases"].items():
@@ -83,7 +83,7 @@ def summary(result: dict[str, Any]) -> str:
             r["competitor"]: r for r in result["rows"] if (r["case"], r["phase"]) == (name, whole) and not r["note"]
         }
         ours, _ = rows.pop("rpp-kernels"), rows.pop("floor")
-        others = ", ".join(f"{who} x {_digits(row['times_ours'])}" for who, row in rows.items())
+        others = "; ".join(f"{who} {_digits(row['times_ours'])}x" for who, row in rows.items())
         shape = f"{case['shape']}, {PHASES[whole]}"
         lines.append(f"| `{name}` | {shape} | {_digits(ours['median_ms'])} | {others} | {ours['floor_share']:.0%} |")
     return "\n".join(lines)

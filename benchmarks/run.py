@@ -54,12 +54,13 @@ def main() -> None:
     if unknown:
         sys.exit(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join(cases.BY_NAME)}")
     chosen = [case for case in cases.CASES if not args.case or case.name in args.case]
+    described_machine = machine(args.threads, " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]))
     rows = [row for case in chosen for row in measure(case, args.rounds)]
     described = {case.name: {k: getattr(case, k) for k in ("op", "shape", "why")} for case in chosen}
     for case in chosen:
         described[case.name] |= {"floor": case.floor.what, "unit": case.floor.unit, "amount": case.floor.amount}
     result = {
-        "machine": machine(args.threads, " ".join(["python", "benchmarks/run.py", *sys.argv[1:]])),
+        "machine": described_machine,
         "cases": described,
         "rows": [asdict(row) for row in rows],
     }
