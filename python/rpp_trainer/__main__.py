@@ -8,7 +8,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import sys
 
-from rpp_trainer.config import ConfigError, parse_config
+try:
+    from rpp_trainer.config import ConfigError, parse_config
+except ModuleNotFoundError as error:
+    sys.exit(f"rpp-train: {error}; it needs the extra `train`: pip install 'rpp-kernels[train]'")
 
 
 def main(argv: list[str] | None = None) -> int:
