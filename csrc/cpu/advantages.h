@@ -6,7 +6,6 @@
 namespace rpp {
 
 constexpr int64_t kMomentsBlock = 4096;
-constexpr int kReinforcePPLanes = 4;
 
 template <class T>
 struct MomentsArgs {

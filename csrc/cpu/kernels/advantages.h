@@ -66,8 +66,9 @@ void affine_tokens(const AffineArgs<T>& a, int64_t begin, int64_t end) {
   });
 }
 
-template <class T>
-struct ReinforcePPLane {
+constexpr int kSideBySide = 4;
+
+struct ReinforcePPSequence {
   int64_t begin = 0, start = 0, end = 0;  // of the sequence, of the block, of both
   int64_t paid_at = -1;                   // the last valid token
   double score = 0, carry = 0;
@@ -78,21 +79,21 @@ struct ReinforcePPLane {
 // the L1 cache when the next step wants it, so memory is read once and written once. Side by side, because each token
 // of a scan waits for the one before it. What this leaves at masked tokens is for the whitening to select away.
 template <Kl estimator, class T>
-RPP_HD void reinforce_pp_lanes(const ReinforcePPArgs<T>& a, int64_t first, int64_t count) {
+RPP_HD void reinforce_pp_side_by_side(const ReinforcePPArgs<T>& a, int64_t first, int64_t count) {
   using V = Vector<T>;
   constexpr int64_t kBlock = 1024;
   const KlClamps<V> clamps = {V{} + a.log_ratio_clamp, V{} + a.kl_clamp};
   const double discount[] = {1, a.gamma};  // a masked token passes the carry on
-  ReinforcePPLane<T> parallel_lanes[kReinforcePPLanes];
+  ReinforcePPSequence sequences[kSideBySide];
   bool busy = false;
   for (int64_t k = 0; k < count; ++k) {
-    auto& lane = parallel_lanes[k];
-    lane.begin = a.cu_seqlens[first + k];
-    lane.end = a.cu_seqlens[first + k + 1];
-    lane.score = a.scores[first + k];
-    lane.paid_at = lane.end - 1;
-    while (a.mask && lane.paid_at >= lane.begin && !a.mask[lane.paid_at]) --lane.paid_at;
-    busy |= lane.end > lane.begin;
+    auto& s = sequences[k];
+    s.begin = a.cu_seqlens[first + k];
+    s.end = a.cu_seqlens[first + k + 1];
+    s.score = a.scores[first + k];
+    s.paid_at = s.end - 1;
+    while (a.mask && s.paid_at >= s.begin && !a.mask[s.paid_at]) --s.paid_at;
+    busy |= s.end > s.begin;
   }
   const auto step = [&](double& carry, int64_t t) {
     carry = a.returns[t] + (a.mask ? discount[a.mask[t]] : discount[1]) * carry;
@@ -100,47 +101,46 @@ RPP_HD void reinforce_pp_lanes(const ReinforcePPArgs<T>& a, int64_t first, int64
   };
   while (busy) {
     int64_t together = kBlock;
-    for (auto& lane : parallel_lanes) {
-      lane.start = std::max(lane.begin, lane.end - kBlock);
-      for_each_vector<T>(lane.start, lane.end, [&](int64_t i, int64_t n) {
+    for (auto& s : sequences) {
+      s.start = std::max(s.begin, s.end - kBlock);
+      for_each_vector<T>(s.start, s.end, [&](int64_t i, int64_t n) {
         V kl{};
         if (a.ref_logps)
           kl = kl_value<estimator>(load_tokens(a.old_logps, i, n) - load_tokens(a.ref_logps, i, n), clamps);
         store_tokens(a.returns, i, n, token_mask<T>(a.mask, i, n) ? kl * -a.beta : V{});
       });
-      if (lane.paid_at >= lane.start && lane.paid_at < lane.end) a.returns[lane.paid_at] += lane.score;
-      together = std::min(together, lane.end - lane.start);
+      if (s.paid_at >= s.start && s.paid_at < s.end) a.returns[s.paid_at] += s.score;
+      together = std::min(together, s.end - s.start);
     }
-    double carry[kReinforcePPLanes];
-    for (int k = 0; k < kReinforcePPLanes; ++k) carry[k] = parallel_lanes[k].carry;
+    double carry[kSideBySide];
+    for (int k = 0; k < kSideBySide; ++k) carry[k] = sequences[k].carry;
     for (int64_t i = 1; i <= together; ++i) {
 #pragma GCC unroll 4
-      for (int k = 0; k < kReinforcePPLanes; ++k) step(carry[k], parallel_lanes[k].end - i);
+      for (int k = 0; k < kSideBySide; ++k) step(carry[k], sequences[k].end - i);
     }
     busy = false;
-    for (int k = 0; k < kReinforcePPLanes; ++k) {
-      auto& lane = parallel_lanes[k];
-      for (int64_t t = lane.end - together - 1; t >= lane.start; --t) step(carry[k], t);
-      lane.carry = carry[k];
-      lane.moments.merge(
-          block_moments(a.returns + lane.start, a.mask ? a.mask + lane.start : nullptr, lane.end - lane.start));
-      lane.end = lane.start;
-      busy |= lane.end > lane.begin;
+    for (int k = 0; k < kSideBySide; ++k) {
+      auto& s = sequences[k];
+      for (int64_t t = s.end - together - 1; t >= s.start; --t) step(carry[k], t);
+      s.carry = carry[k];
+      s.moments.merge(block_moments(a.returns + s.start, a.mask ? a.mask + s.start : nullptr, s.end - s.start));
+      s.end = s.start;
+      busy |= s.end > s.begin;
     }
   }
-  for (int64_t k = 0; k < count; ++k) a.sequences[first + k] = parallel_lanes[k].moments;
+  for (int64_t k = 0; k < count; ++k) a.sequences[first + k] = sequences[k].moments;
 }
 
 template <class T>
 void reinforce_pp_sequences(const ReinforcePPArgs<T>& a, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kReinforcePPLanes) {
-    const int64_t count = std::min<int64_t>(kReinforcePPLanes, end - i);
+  for (int64_t i = begin; i < end; i += kSideBySide) {
+    const int64_t count = std::min<int64_t>(kSideBySide, end - i);
     switch (static_cast<Kl>(a.estimator)) {
       case Kl::none: break;
-      case Kl::k1: reinforce_pp_lanes<Kl::k1>(a, i, count); break;
-      case Kl::k2: reinforce_pp_lanes<Kl::k2>(a, i, count); break;
-      case Kl::k3: reinforce_pp_lanes<Kl::k3>(a, i, count); break;
-      case Kl::abs: reinforce_pp_lanes<Kl::abs>(a, i, count); break;
+      case Kl::k1: reinforce_pp_side_by_side<Kl::k1>(a, i, count); break;
+      case Kl::k2: reinforce_pp_side_by_side<Kl::k2>(a, i, count); break;
+      case Kl::k3: reinforce_pp_side_by_side<Kl::k3>(a, i, count); break;
+      case Kl::abs: reinforce_pp_side_by_side<Kl::abs>(a, i, count); break;
     }
   }
 }

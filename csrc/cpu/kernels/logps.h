@@ -111,8 +111,8 @@ RPP_HD void dlogits_row(const S* x, S* dx, int64_t n, RowGradient<Compute<S>> g)
   constexpr int64_t N = lanes<Compute<S>>;
   const RowGradient<V> gv = {V{} + g.shift, V{} + g.rest, V{} + g.inverse_temperature, V{} + g.weight,
                              V{} + g.entropy_weight};
-  constexpr int64_t kAhead =
-      2048 / sizeof(S);  // what the hardware brings by itself comes too late, most of all for bf16
+  // What the hardware fetches by itself comes too late, most of all for bf16.
+  constexpr int64_t kAhead = 2048 / sizeof(S);
   int64_t i = 0;
   for (; i + 2 * N <= n; i += 2 * N) {
     __builtin_prefetch(x + i + kAhead);
