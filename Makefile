@@ -24,7 +24,9 @@ test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, the whe
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/installed  ## CPU benchmarks, then the tables of docs/performance.md from them
-	$(BIN)/python benchmarks/run.py --json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/run.py --skip linear --json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/run.py --case linear --json benchmarks/results/linear.json
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/report.py
 
 lint: $(VENV)/installed  ## what pre-commit and CI check

@@ -1,130 +1,18 @@
 """What is measured: for each case the op, its inputs, why that shape, its floor, and who competes.
 
-A competitor is a loader: called when its turn comes, it imports what it needs and returns a function of the case's
-inputs that gives the case's outputs. A loader that raises ImportError is listed as not installed.
-
 The eager forms are what training code commonly writes. torch.compile is always of an eager form, for the one shape.
+Those from hidden states are in linear_cases.py.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-
 import torch
-from timing import Outputs, Work, differentiated
+from case import OURS, Case, Data, Function, Loader, Tensors, compiled, memory_floor, plain
+from linear_cases import LINEAR_CASES
+from timing import Outputs
 from torch import Tensor
 
 import rpp_kernels as rpp
 from rpp_kernels import reference
 from rpp_kernels.testing import make_batch
-
-Function = Callable[..., Outputs]
-Loader = Callable[[], Function]
-Tensors = dict[str, Tensor]
-
-OURS = "rpp-kernels"
-
-
-@dataclass(frozen=True)
-class Data:
-    inputs: Tensors
-    wrt: tuple[str, ...] = ()  # the inputs that are differentiated
-    grads: Outputs = ()  # of the first outputs
-
-    def work(self, function: Function) -> Work:
-        return differentiated(function, self.inputs, self.wrt, self.grads)
-
-    def sample(self, every: int) -> "Data":
-        """Every so-manieth row of every tensor, in float64: what the specification is asked about."""
-        wide = {k: rows(x.double() if x.is_floating_point() else x, every) for k, x in self.inputs.items()}
-        return Data(wide, self.wrt, tuple(rows(x.double(), every) for x in self.grads))
-
-
-def rows(x: Tensor, every: int) -> Tensor:
-    return x[::every] if x.dim() else x
-
-
-@dataclass(frozen=True)
-class Floor:
-    """The least that must be done: `work` does it with plain library calls, `amount` says how much for each phase."""
-
-    what: str
-    unit: str  # "GB" or "GFlop"
-    amount: dict[str, float]  # phase -> bytes or flops
-    work: Callable[[], Work]
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    op: str
-    shape: str
-    why: str
-    data: Callable[[], Data]
-    spec: Function
-    competitors: Mapping[str, Loader]
-    floor: Floor
-    tolerance: float  # of the parity check, relative to the largest value
-    check_every: int = 1  # row: where rows do not touch each other, a sample of them will do
-    left_out: Mapping[str, str] = field(default_factory=dict)  # competitor -> why it does not run
-
-    @property
-    def phases(self) -> list[str]:
-        return list(self.floor.amount)
-
-
-def compiled(function: Function) -> Loader:
-    return lambda: torch.compile(function, dynamic=False)
-
-
-def plain(function: Function) -> Loader:
-    return lambda: function
-
-
-# ---------------------------------------------------------------- floors
-
-
-def memory_floor(what: str, **phases: tuple[int, int]) -> Floor:
-    """So many bytes read and written in each phase: a copy of what is written, a dot product of what is only read."""
-
-    def pass_over(read: int, written: int) -> Callable[..., None]:
-        source, out = torch.ones(max(read, written) // 4), torch.empty(written // 4)
-        rest = source[out.numel() :]
-
-        def run(_: object = None) -> None:
-            if out.numel():
-                out.copy_(source[: out.numel()])
-            if rest.numel():
-                torch.dot(rest, rest)
-
-        return run
-
-    amount = {phase: float(read + written) for phase, (read, written) in phases.items()}
-    if "backward" in amount:
-        amount["both"] = amount["forward"] + amount["backward"]
-    return Floor(what, "GB", amount, lambda: Work(*(pass_over(*phases[phase]) for phase in phases)))
-
-
-def matmul_floor(tokens: int, vocab: int, hidden: int) -> Floor:
-    """The three matrix products of a linear head, into memory that is there already."""
-
-    def work() -> Work:
-        x, weight = torch.randn(tokens, hidden), torch.randn(vocab, hidden)
-        logits = torch.empty(tokens, vocab)
-        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-
-        def forward() -> None:
-            torch.mm(x, weight.T, out=logits)
-
-        def backward(_: None) -> None:
-            torch.mm(logits, weight, out=dx)
-            torch.mm(logits.T, x, out=dweight)
-
-        return Work(forward, backward)
-
-    product = 2.0 * tokens * vocab * hidden
-    amount = {"forward": product, "backward": 2 * product, "both": 3 * product}
-    return Floor("bare matrix products: 2, 4 and 6 T V H flops", "GFlop", amount, work)
-
 
 # ---------------------------------------------------------------- log-probs
 
@@ -263,25 +151,6 @@ def _eager_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, com
     return masked_mean(torch.maximum(plain, clipped)), clipped_share, approx_kl
 
 
-# ---------------------------------------------------------------- from hidden states
-
-_T, _H, _V = 1024, 512, 32000
-
-
-def _hidden_data() -> Data:
-    batch = make_batch(1, _T, vocab=_V, hidden=_H)
-    inputs = {
-        "hidden_states": batch["hidden_states"][0],
-        "weight": batch["weight"],
-        "target_ids": batch["target_ids"][0],
-    }
-    return Data(inputs, ("hidden_states", "weight"), (batch["advantages"][0],))
-
-
-def _eager_linear_logps(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
-    return _eager_logps(hidden_states @ weight.T, target_ids)
-
-
 # ---------------------------------------------------------------- the table
 
 CASES = [
@@ -385,20 +254,6 @@ CASES = [
         ),
         tolerance=1e-4,
     ),
-    Case(
-        name="linear_logps",
-        op="linear_logps: log-prob from hidden states",
-        shape=f"T = {_T}, H = {_H}, V = {_V} float32",
-        why="the head of a small model, where the logits outweigh everything else",
-        data=_hidden_data,
-        spec=lambda **inputs: reference.linear_logps(**inputs)[:1],
-        competitors={
-            OURS: plain(lambda **inputs: rpp.linear_logps(**inputs)[:1]),
-            "eager, logits + log_softmax": plain(_eager_linear_logps),
-            "torch.compile": compiled(_eager_linear_logps),
-        },
-        floor=matmul_floor(_T, _V, _H),
-        tolerance=1e-4,
-    ),
+    *LINEAR_CASES,
 ]
 BY_NAME = {case.name: case for case in CASES}

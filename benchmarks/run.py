@@ -1,4 +1,4 @@
-"""Times the cases: `python benchmarks/run.py [--case NAME ...] [--threads 2] [--rounds N] [--json FILE]`.
+"""Times the cases: `python benchmarks/run.py [--case NAME ...] [--skip NAME ...] [--threads 2] [--rounds N] [--json FILE]`.
 
 Each case is checked against the float64 specification first, gradients included, and nothing is printed when anyone who
 would be timed is wrong. `benchmarks/report.py` turns the JSON into the tables of docs/performance.md.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cases import Case, Data, Function
+    from case import Case, Data, Function
     from timing import Sample, Work
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,10 +50,11 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    unknown = set(args.case) - cases.BY_NAME.keys()
-    if unknown:
-        sys.exit(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join(cases.BY_NAME)}")
-    chosen = [case for case in cases.CASES if not args.case or case.name in args.case]
+    for asked in [*args.case, *args.skip]:
+        if not any(name.startswith(asked) for name in cases.BY_NAME):
+            sys.exit(f"unknown case {asked}; there are {', '.join(cases.BY_NAME)}")
+    left = [case for case in cases.CASES if not case.name.startswith(tuple(args.skip))]
+    chosen = [case for case in left if not args.case or case.name.startswith(tuple(args.case))]
     described_machine = machine(args.threads, " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]))
     rows = [row for case in chosen for row in measure(case, args.rounds)]
     described = {case.name: {k: getattr(case, k) for k in ("op", "shape", "why")} for case in chosen}
@@ -83,7 +84,7 @@ def load(case: "Case") -> tuple[dict[str, "Function"], dict[str, str]]:
 
 def check(case: "Case", data: "Data", works: "dict[str, Work]") -> dict[str, float]:
     """The error of everyone against the specification; exits where it is too large. Benchmark only on green."""
-    from cases import rows
+    from case import rows
     from timing import relative_error, results
 
     exact = results(data.sample(case.check_every).work(case.spec))
@@ -123,7 +124,7 @@ def _row(
     peak: float | None = None,
     error: float | None = None,
 ) -> Row:
-    from cases import OURS
+    from case import OURS
     from timing import median_ratio, spread
 
     seconds = {who: [sample.of(phase) for sample in samples[who]] for who in (name, "floor", OURS)}
@@ -186,7 +187,8 @@ def _commit() -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="default: all")
+    parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="names or how they begin; default: all")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="the same, of cases to leave out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="default: as many as fit into ten seconds a case, 9 to 100")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")

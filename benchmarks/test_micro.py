@@ -6,7 +6,8 @@ Its rounds are not interleaved, so on a shared machine compare with care; run.py
 from functools import lru_cache
 
 import pytest
-from cases import BY_NAME, CASES, Case, Data
+from case import Case, Data
+from cases import BY_NAME, CASES
 from run import check
 from timing import run_once
 

@@ -15,9 +15,13 @@ RPP_HD F at_least(F x, F low) {  // one instruction, and a NaN stays NaN
 }
 
 template <class F>
-RPP_HD F clamp(F x, F low, F high) {
-  x = at_least(x, low);
+RPP_HD F at_most(F x, F high) {
   return high < x ? high : x;
+}
+
+template <class F>
+RPP_HD F clamp(F x, F low, F high) {
+  return at_most(at_least(x, low), high);
 }
 
 // ---- exponential: exp(x) = 2^n * (1 + f + q(f)), n = round(x / ln 2), |f| <= ln(2) / 2, q(f) = exp(f) - 1 - f
@@ -65,6 +69,39 @@ RPP_HD F exp_minus_1_minus_x(F x) {  // without the cancellation near 0
   return e.small ? e.q : far;
 }
 
+// ---- softcap: z = c tanh(x / c) = -c s E / (2 + E), E = exp(-2 |x| / c) - 1, s the sign of x
+//
+// Stated error: 5 ulp (tests/ops/test_chunks.py), near 0 as well, where E is f + q and nothing cancels. +-inf gives
+// +-c.
+
+template <class F>
+struct Softcap {
+  F cap, rate, rate_rest;  // rate + rate_rest = 2 / cap: its rounding would cost |x| / cap ulp
+  F lowest;                // the exponential's own, as -|x|
+};
+
+template <class F>
+RPP_HD Softcap<F> softcap_of(double cap) {
+  using T = typename Traits<F>::Element;
+  const double rate = static_cast<T>(2 / cap);
+  return {num<F>(cap), num<F>(rate), num<F>(2 / cap - rate), num<F>(0.499 * cap * ExpConstants<T>::lowest)};
+}
+
+template <class F>
+struct Capped {
+  F value, slope;  // slope = d(value) / dx = 1 - tanh(x / c)^2 = 4 exp(-2 |x| / c) / (2 + E)^2
+};
+
+template <class F>
+RPP_HD Capped<F> softcapped(F x, Softcap<F> c) {
+  const F below = at_least(at_most(x, -x), c.lowest);
+  const auto e = reduce_exponent(below * c.rate + below * c.rate_rest);
+  const F minus_1 = e.scale * (e.f + e.q) + (e.scale - num<F>(1));
+  const F power = (num<F>(1) + (e.f + e.q)) * e.scale, sum = num<F>(2) + minus_1;
+  const F value = c.cap * minus_1 / sum;
+  return {x < F{} ? value : -value, num<F>(4) * power / (sum * sum)};
+}
+
 // ---- log-probs: with p = softmax(z), z = logits / temperature, logp = log p,
 //      d(logps)/dz_j = [j = y] - p_j,  d(entropy)/dz_j = -p_j (logp_j + entropy),  d(lse)/dz_j = p_j
 
@@ -86,10 +123,11 @@ RPP_HD RowGradient<F> row_gradient(double lse, F entropy, double temperature, F 
 
 template <bool with_entropy, class F>
 RPP_HD F dlogit(F logit, RowGradient<F> g) {
-  const F logp = (logit - g.shift) * g.inverse_temperature - g.rest;
-  const F p = exponential(logp);
-  if constexpr (!with_entropy) return p * g.weight;
   const F lowest = num<F>(ExpConstants<typename Traits<F>::Element>::lowest);
+  const F logp = (logit - g.shift) * g.inverse_temperature - g.rest;
+  // Below 1e-30 (1e-300 in double) p is 0: products with it would be subnormal, of 100 times the cost of others.
+  const F p = logp < lowest + num<F>(18.4) ? F{} : exponential(logp);
+  if constexpr (!with_entropy) return p * g.weight;
   return p * (g.weight + g.entropy_weight * at_least(logp, lowest));  // p log p -> 0 for a logit of -inf
 }
 

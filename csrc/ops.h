@@ -14,6 +14,13 @@ void logps_bwd_out(Tensor dlogits, Tensor logits, Tensor target_ids, MaybeTensor
                    MaybeTensor token_temperature, Tensor entropy, Tensor lse, Tensor lse_rest, MaybeTensor dlogps,
                    MaybeTensor dentropy, MaybeTensor dlse);
 
+// Logits (n, V) of strides (1, ld), as a matrix product writes them fastest; not public.
+std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_logps_fwd(Tensor logits, Tensor target_ids, double temperature,
+                                                           MaybeTensor token_temperature, double softcap);
+void chunk_logps_bwd_out(Tensor dlogits, Tensor logits, MaybeTensor rows, Tensor target_ids, double temperature,
+                         MaybeTensor token_temperature, double softcap, Tensor entropy, Tensor lse, Tensor lse_rest,
+                         MaybeTensor dlogps, MaybeTensor dentropy, MaybeTensor dlse);
+
 Tensor kl_fwd(Tensor logps, Tensor ref_logps, MaybeTensor mask, int64_t estimator, double log_ratio_clamp,
               double kl_clamp);
 Tensor kl_bwd(Tensor dkl, Tensor logps, Tensor ref_logps, MaybeTensor mask, int64_t estimator, double log_ratio_clamp,

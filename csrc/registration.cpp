@@ -23,6 +23,13 @@ STABLE_TORCH_LIBRARY(rpp_kernels_C, m) {
       " Tensor? token_temperature, Tensor entropy, Tensor lse, Tensor lse_rest, Tensor? dlogps, Tensor? dentropy,"
       " Tensor? dlse) -> ()");
   m.def(
+      "chunk_logps_fwd(Tensor logits, Tensor target_ids, float temperature, Tensor? token_temperature, float softcap)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "chunk_logps_bwd_out(Tensor(a!) dlogits, Tensor logits, Tensor? rows, Tensor target_ids, float temperature,"
+      " Tensor? token_temperature, float softcap, Tensor entropy, Tensor lse, Tensor lse_rest, Tensor? dlogps,"
+      " Tensor? dentropy, Tensor? dlse) -> ()");
+  m.def(
       "kl_fwd(Tensor logps, Tensor ref_logps, Tensor? mask, int estimator, float log_ratio_clamp, float kl_clamp)"
       " -> Tensor");
   m.def(
@@ -72,6 +79,8 @@ STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CPU, m) {
   m.impl("logps_fwd", TORCH_BOX(&rpp::logps_fwd));
   m.impl("logps_bwd_out", TORCH_BOX(&rpp::logps_bwd_out));
+  m.impl("chunk_logps_fwd", TORCH_BOX(&rpp::chunk_logps_fwd));
+  m.impl("chunk_logps_bwd_out", TORCH_BOX(&rpp::chunk_logps_bwd_out));
   m.impl("kl_fwd", TORCH_BOX(&rpp::kl_fwd));
   m.impl("kl_bwd", TORCH_BOX(&rpp::kl_bwd));
   m.impl("token_rewards_fwd", TORCH_BOX(&rpp::token_rewards_fwd));

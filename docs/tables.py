@@ -13,7 +13,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 # Public function -> its native kernels, or the function whose kernels it is made of.
 KERNELS = {
-    "linear_logps": ["logps_fwd", "logps_bwd_out"],
+    "linear_policy_loss": ["chunk_logps_fwd", "chunk_logps_bwd_out", "policy_loss_fwd"],
+    "linear_loss": ["chunk_logps_fwd", "chunk_logps_bwd_out"],
+    "linear_logps": ["chunk_logps_fwd", "chunk_logps_bwd_out"],
     "logps_from_logits": ["logps_fwd", "logps_bwd_out"],
     "kl_penalty": ["kl_fwd", "kl_bwd"],
     "token_rewards": ["token_rewards_fwd", "token_rewards_bwd"],

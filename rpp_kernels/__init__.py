@@ -8,16 +8,29 @@ from rpp_kernels.backends import use_backend
 from rpp_kernels.ops.advantages import gae, returns, whiten
 from rpp_kernels.ops.groups import group_advantages
 from rpp_kernels.ops.kl import kl_penalty
-from rpp_kernels.ops.logps import linear_logps, logps_from_logits
+from rpp_kernels.ops.linear_logps import linear_logps
+from rpp_kernels.ops.linear_loss import linear_loss, linear_policy_loss
+from rpp_kernels.ops.logps import logps_from_logits
 from rpp_kernels.ops.policy_loss import policy_loss, value_loss
 from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.ops.rewards import normalize_rewards, token_rewards
-from rpp_kernels.reference import GAE, PolicyLoss, PolicyStats, TokenLogps, ValueLoss, ValueStats
+from rpp_kernels.reference import (
+    GAE,
+    LinearLoss,
+    LinearPolicyLoss,
+    PolicyLoss,
+    PolicyStats,
+    TokenLogps,
+    ValueLoss,
+    ValueStats,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GAE",
+    "LinearLoss",
+    "LinearPolicyLoss",
     "PolicyLoss",
     "PolicyStats",
     "TokenLogps",
@@ -27,6 +40,8 @@ __all__ = [
     "group_advantages",
     "kl_penalty",
     "linear_logps",
+    "linear_loss",
+    "linear_policy_loss",
     "logps_from_logits",
     "normalize_rewards",
     "policy_loss",

@@ -3,7 +3,7 @@
 A kernel is right when it agrees with this file in value and in gradient (this file's autograd is the gradient).
 Nothing here checks its input or tries to be fast; `rpp_kernels.ops` does the first, `rpp_kernels.backends` the second.
 
-Dims: T packed tokens, B sequences, S padded length, H hidden, V vocabulary, G group size.
+Dims: T packed tokens, B sequences, S padded length, H hidden, V vocabulary, R rank of a LoRA, G group size.
 Layout: with `cu_seqlens` (B+1,) token tensors are packed `(T,)`, without it they are padded `(B, S)`.
 Masked positions may hold anything, NaN included: masking selects (`torch.where`), it never multiplies. Their results
 are 0 and so are their gradients. Arithmetic and results are float32, or float64 where the input is float64.
@@ -12,10 +12,14 @@ Papers: [R++] REINFORCE++ 2501.03262; [B2B] Back to Basics 2402.14740; [PPO] 170
 [GRPO] 2402.03300; [GSPO] 2507.18071; [dual] dual clip 1912.09729; [KL] joschu.net/blog/kl-approx.html.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # some builds of torch have no torch.distributed
+    from torch.distributed import ProcessGroup
 
 
 class TokenLogps(NamedTuple):
@@ -60,6 +64,23 @@ class PolicyStats(NamedTuple):
 class PolicyLoss(NamedTuple):
     loss: Tensor
     stats: PolicyStats
+
+
+class LinearLoss(NamedTuple):
+    """The `loss`, summed over tokens, and each token's `logps` and `entropy`, through which no gradient flows."""
+
+    loss: Tensor
+    logps: Tensor
+    entropy: Tensor
+
+
+class LinearPolicyLoss(NamedTuple):
+    """`loss` and `stats` of `policy_loss`, and each token's `logps` and `entropy`, through which no gradient flows."""
+
+    loss: Tensor
+    stats: PolicyStats
+    logps: Tensor
+    entropy: Tensor
 
 
 class ValueStats(NamedTuple):
@@ -119,16 +140,35 @@ def linear_logps(
     completion_mask: Tensor | None = None,  # (T,) or (B, S) bool
     *,
     bias: Tensor | None = None,  # (V,)
-    temperature: float | Tensor = 1.0,
+    lora_A: Tensor | None = None,  # (R, H)
+    lora_B: Tensor | None = None,  # (V, R)
+    lora_scaling: float = 1.0,
+    temperature: float | Tensor = 1.0,  # scalar, or one for each token
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    process_group: "ProcessGroup | None" = None,
+    vocab_start: int | None = None,
 ) -> TokenLogps:
-    """`logps_from_logits` of logits = hidden_states @ weight.T + bias, which are never rounded to a half type."""
+    """`logps_from_logits` of the logits of a head, which are never rounded to a half type:
+
+        s = logit_scale * (h W^T + bias + lora_scaling * (h A^T) B^T)     logits = softcap * tanh(s / softcap), or s
+
+    With `process_group` each rank has the rows of W, bias and B from `vocab_start` on, in the order of ranks, and the
+    same of all else.
+    """
     dtype = _result_dtype(hidden_states)
     hidden_states = hidden_states.to(dtype)
     if completion_mask is not None:
         hidden_states = torch.where(completion_mask[..., None], hidden_states, 0.0)
-    logits = hidden_states @ weight.to(dtype).T
+    logits = hidden_states @ _all_shards(weight.to(dtype), process_group).T
     if bias is not None:
-        logits = logits + bias.to(dtype)
+        logits = logits + _all_shards(bias.to(dtype), process_group)
+    if lora_A is not None and lora_B is not None:
+        adapted = hidden_states @ lora_A.to(dtype).T
+        logits = logits + lora_scaling * (adapted @ _all_shards(lora_B.to(dtype), process_group).T)
+    logits = logit_scale * logits
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return logps_from_logits(logits, target_ids, completion_mask, temperature=temperature)
 
 
@@ -437,6 +477,109 @@ def value_loss(
     return ValueLoss(loss, stats)
 
 
+# ---------------------------------------------------------------- losses from hidden states
+
+
+def linear_loss(
+    hidden_states: Tensor,  # (T, H) or (B, S, H)
+    weight: Tensor,  # (V, H)
+    target_ids: Tensor,  # (T,) or (B, S) int64
+    token_loss: Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor],
+    completion_mask: Tensor | None = None,  # (T,) or (B, S) bool
+    *,
+    bias: Tensor | None = None,  # (V,)
+    lora_A: Tensor | None = None,  # (R, H)
+    lora_B: Tensor | None = None,  # (V, R)
+    lora_scaling: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    process_group: "ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+) -> LinearLoss:
+    """`token_loss(logps[rows], entropy[rows], rows).sum()`, `rows` the indices of the valid tokens."""
+    logps, entropy, _ = linear_logps(
+        hidden_states,
+        weight,
+        target_ids,
+        completion_mask,
+        bias=bias,
+        lora_A=lora_A,
+        lora_B=lora_B,
+        lora_scaling=lora_scaling,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        process_group=process_group,
+        vocab_start=vocab_start,
+    )
+    valid = torch.ones_like(target_ids, dtype=torch.bool) if completion_mask is None else completion_mask
+    rows = valid.nonzero(as_tuple=True)
+    loss = token_loss(logps[rows], entropy[rows], rows).sum()
+    return LinearLoss(loss, logps.detach(), entropy.detach())
+
+
+def linear_policy_loss(
+    hidden_states: Tensor,  # (B, S, H) or (T, H)
+    weight: Tensor,  # (V, H)
+    target_ids: Tensor,  # (B, S) or (T,) int64
+    old_logps: Tensor | None,  # same, constant; None: the log-probs of this very call
+    advantages: Tensor,  # same, or one for each sequence: (B, 1), and (B,) beside (B, S); constant
+    completion_mask: Tensor | None = None,  # (B, S) or (T,) bool
+    *,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    dual_clip: float | None = None,
+    importance_sampling_level: str = "token",
+    log_ratio_clamp: float = 20.0,
+    reduction: str = "token-mean",
+    num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None,
+    cu_seqlens: Tensor | None = None,  # (B+1,)
+    bias: Tensor | None = None,  # (V,)
+    lora_A: Tensor | None = None,  # (R, H)
+    lora_B: Tensor | None = None,  # (V, R)
+    lora_scaling: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    process_group: "ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+) -> LinearPolicyLoss:
+    """`policy_loss` of `linear_logps`."""
+    logps, entropy, _ = linear_logps(
+        hidden_states,
+        weight,
+        target_ids,
+        completion_mask,
+        bias=bias,
+        lora_A=lora_A,
+        lora_B=lora_B,
+        lora_scaling=lora_scaling,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        process_group=process_group,
+        vocab_start=vocab_start,
+    )
+    loss, stats = policy_loss(
+        logps,
+        logps.detach() if old_logps is None else old_logps,
+        advantages,
+        completion_mask,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        dual_clip=dual_clip,
+        importance_sampling_level=importance_sampling_level,
+        log_ratio_clamp=log_ratio_clamp,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        max_completion_length=max_completion_length,
+        cu_seqlens=cu_seqlens,
+    )
+    return LinearPolicyLoss(loss, stats, logps.detach(), entropy.detach())
+
+
 # ---------------------------------------------------------------- shared pieces
 
 
@@ -446,6 +589,20 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 def _select(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, 0.0)
+
+
+def _all_shards(x: Tensor, process_group: "ProcessGroup | None") -> Tensor:
+    """The rows of all ranks in their order; differentiable in this rank's own."""
+    if process_group is None:
+        return x
+    lengths: list[int] = [0] * process_group.size()
+    torch.distributed.all_gather_object(lengths, x.shape[0], group=process_group)
+    shards = [x.new_zeros(max(lengths), *x.shape[1:]) for _ in lengths]
+    own = torch.cat([x.detach(), shards[0][x.shape[0] :]])
+    torch.distributed.all_gather(shards, own, group=process_group)
+    parts = [shard[:length] for shard, length in zip(shards, lengths, strict=True)]
+    parts[process_group.rank()] = x
+    return torch.cat(parts)
 
 
 def _safe_sqrt(x: Tensor) -> Tensor:

@@ -120,6 +120,41 @@ RPP_HD void store(S* p, V v, int64_t n) {
   store(buffer, v);
   __builtin_memcpy(p, buffer, n * sizeof(S));
 }
+#if RPP_VECTOR_BYTES == 64
+RPP_HD vf32 load(const float* p, int64_t n, float rest) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(rest), static_cast<__mmask16>((1u << n) - 1), p);
+}
+RPP_HD vf64 load(const double* p, int64_t n, double rest) {
+  return _mm512_mask_loadu_pd(_mm512_set1_pd(rest), static_cast<__mmask8>((1u << n) - 1), p);
+}
+RPP_HD void store(float* p, vf32 v, int64_t n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v); }
+RPP_HD void store(double* p, vf64 v, int64_t n) { _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v); }
+#elif RPP_VECTOR_BYTES == 32
+RPP_HD vi32 first_lanes(vf32, int64_t n) { return vi32{0, 1, 2, 3, 4, 5, 6, 7} < vi32{} + static_cast<int32_t>(n); }
+RPP_HD vi64 first_lanes(vf64, int64_t n) { return vi64{0, 1, 2, 3} < vi64{} + n; }
+RPP_HD vf32 load(const float* p, int64_t n, float rest) {
+  const vi32 first = first_lanes(vf32{}, n);
+  return first ? (vf32)_mm256_maskload_ps(p, (__m256i)first) : vf32{} + rest;
+}
+RPP_HD vf64 load(const double* p, int64_t n, double rest) {
+  const vi64 first = first_lanes(vf64{}, n);
+  return first ? (vf64)_mm256_maskload_pd(p, (__m256i)first) : vf64{} + rest;
+}
+RPP_HD void store(float* p, vf32 v, int64_t n) { _mm256_maskstore_ps(p, (__m256i)first_lanes(v, n), v); }
+RPP_HD void store(double* p, vf64 v, int64_t n) { _mm256_maskstore_pd(p, (__m256i)first_lanes(v, n), v); }
+#endif
+
+// A vector of doubles, of numbers stored as float or double.
+RPP_HD vf64 load_wide(const double* p) { return load(p); }
+RPP_HD vf64 load_wide(const float* p) {
+#if RPP_VECTOR_BYTES == 64
+  return _mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif RPP_VECTOR_BYTES == 32
+  return _mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+  return vf64{p[0], p[1]};
+#endif
+}
 
 // The mask of the next lanes; without a mask every token counts.
 template <class V>

@@ -154,7 +154,7 @@ def policy_loss(
         ValueError: a shape, dtype, device, option or range that is not as above; `old_logps` or `advantages` that
             require grad.
     """
-    starts = _check_loss(
+    starts = check_loss(
         "logps",
         logps,
         {"old_logps": old_logps},
@@ -164,13 +164,8 @@ def policy_loss(
         max_completion_length,
         cu_seqlens,
     )
-    _check_advantages(advantages, logps, starts.shape[0] - 1, cu_seqlens)
-    check_number("epsilon_low", epsilon_low, "a number from 0 to 1", 0, 1)
-    check_number("epsilon_high", epsilon_high, "a number from 0", 0)
-    if dual_clip is not None:
-        check_number("dual_clip", dual_clip, "a number above 1, or None", 1, open_low=True)
-    check_choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
-    check_number("log_ratio_clamp", log_ratio_clamp, "a positive number", 0, open_low=True)
+    check_advantages(advantages, logps, starts.shape[0] - 1, cu_seqlens)
+    clips = check_clips(epsilon_low, epsilon_high, dual_clip, importance_sampling_level, log_ratio_clamp)
     backend = backend_of(logps)
     if backend == "reference":
         return reference.policy_loss(
@@ -196,21 +191,35 @@ def policy_loss(
         advantages.shape != logps.shape,
         flat_mask(completion_mask),
         starts,
-        epsilon_low,
-        epsilon_high,
-        INFINITY if dual_clip is None else dual_clip,
-        log_ratio_clamp,
+        *clips,
         importance_sampling_level == "sequence",
         reduction == "seq-mean-token-mean",
         reduction == "none",
         backend,
     )
     named = PolicyStats(*stats.detach().unbind())
-    divided = _divided(loss, named, reduction, num_items_in_batch, max_completion_length)
-    return PolicyLoss(divided.view(logps.shape if reduction == "none" else ()), named)
+    mean = divided(loss, named, reduction, num_items_in_batch, max_completion_length)
+    return PolicyLoss(mean.view(logps.shape if reduction == "none" else ()), named)
 
 
-def _check_advantages(advantages: Tensor, logps: Tensor, batch: int, cu_seqlens: Tensor | None) -> None:
+def check_clips(
+    epsilon_low: float,
+    epsilon_high: float,
+    dual_clip: float | None,
+    importance_sampling_level: str,
+    log_ratio_clamp: float,
+) -> tuple[float, float, float, float]:
+    """The bounds of the ratio as kernels take them."""
+    check_number("epsilon_low", epsilon_low, "a number from 0 to 1", 0, 1)
+    check_number("epsilon_high", epsilon_high, "a number from 0", 0)
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, "a number above 1, or None", 1, open_low=True)
+    check_choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+    check_number("log_ratio_clamp", log_ratio_clamp, "a positive number", 0, open_low=True)
+    return epsilon_low, epsilon_high, INFINITY if dual_clip is None else dual_clip, log_ratio_clamp
+
+
+def check_advantages(advantages: Tensor, logps: Tensor, batch: int, cu_seqlens: Tensor | None) -> None:
     check_floats("advantages", advantages, (1, 2), like=logps)
     check_constant("advantages", advantages)
     shapes = [tuple(logps.shape), (batch, 1)] + ([] if cu_seqlens is not None else [(batch,)])
@@ -283,7 +292,7 @@ def value_loss(
         ValueError: a shape, dtype, device, option or range that is not as above; constants that require grad.
     """
     constants = {"old_values": old_values, "returns": returns}
-    starts = _check_loss(
+    starts = check_loss(
         "values", values, constants, completion_mask, reduction, num_items_in_batch, max_completion_length, cu_seqlens
     )
     if epsilon is not None:
@@ -314,14 +323,14 @@ def value_loss(
         backend,
     )
     named = ValueStats(*stats.detach().unbind())
-    divided = _divided(loss, named, reduction, num_items_in_batch, max_completion_length)
-    return ValueLoss(divided.view(values.shape if reduction == "none" else ()), named)
+    mean = divided(loss, named, reduction, num_items_in_batch, max_completion_length)
+    return ValueLoss(mean.view(values.shape if reduction == "none" else ()), named)
 
 
 # ---------------------------------------------------------------- shared
 
 
-def _check_loss(
+def check_loss(
     name: str,
     learned: Tensor,
     constants: dict[str, Tensor],
@@ -357,7 +366,7 @@ def _check_loss(
     return starts
 
 
-def _divided(
+def divided(
     loss: Tensor,
     stats: PolicyStats | ValueStats,
     reduction: str,

@@ -39,6 +39,28 @@ def _linear(f, x, mask, _, bias=True, temperature="temperature"):
     )
 
 
+def _linear_loss(f, x, mask, _, entropy=0.1):
+    def token_loss(logps, entropies, rows):
+        return -((logps - x["old_logps"][rows].to(logps)).exp() * x["advantages"][rows] + entropy * entropies) / 7
+
+    return f.linear_loss(x["hidden_states"], x["weight"], x["target_ids"], token_loss, mask, bias=x["bias"])
+
+
+def _linear_policy(f, x, mask, cu_seqlens, reduction="token-mean", **options):
+    return f.linear_policy_loss(
+        x["hidden_states"],
+        x["weight"],
+        x["target_ids"],
+        x["old_logps"],
+        x["advantages"],
+        mask,
+        bias=x["bias"],
+        reduction=reduction,
+        cu_seqlens=cu_seqlens,
+        **options,
+    )
+
+
 def _kl(f, x, mask, _, **options):
     return f.kl_penalty(x["logps"], x["ref_logps"], mask, **options)
 
@@ -88,6 +110,14 @@ CALLS = {
     "logps_from_logits lse": Call(partial(_logps, fields=("lse",), temperature=1.0), ("logits",)),
     "linear_logps": Call(_linear, ("hidden_states", "weight", "bias")),
     "linear_logps without bias": Call(partial(_linear, bias=False, temperature=0.7), ("hidden_states", "weight")),
+    "linear_loss": Call(_linear_loss, ("hidden_states", "weight", "bias")),
+    **{
+        f"linear_policy_loss {r}": Call(partial(_linear_policy, reduction=r), ("hidden_states", "weight", "bias"))
+        for r in ("token-mean", "seq-mean-token-mean")
+    },
+    "linear_policy_loss sequence": Call(
+        partial(_linear_policy, reduction="seq-mean-token-sum", **LEVEL), ("hidden_states", "weight", "bias")
+    ),
     **{f"kl_penalty {k}": Call(partial(_kl, estimator=k), ("logps", "ref_logps")) for k in ESTIMATORS},
     "kl_penalty clamped": Call(partial(_kl, estimator="k2", kl_clamp=0.02), ("logps", "ref_logps")),
     "kl_penalty k3 with the gradient of k2": Call(
@@ -123,6 +153,7 @@ ONE_OF_EACH = {
     for name in (
         "logps_from_logits",
         "linear_logps",
+        "linear_policy_loss token-mean",
         "kl_penalty k3",
         "token_rewards",
         "returns",

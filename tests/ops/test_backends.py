@@ -174,11 +174,26 @@ def op_cases():
     T = mask.shape[0]
     rows = torch.rand(T)
     logits, ids = x["logits"], x["target_ids"]
-    head = h["hidden_states"], h["weight"]
     advantages, backend = x["advantages"], "native"
+    # Of linear ops: the tensors, (temperature, lora_scaling, logit_scale, softcap), the plan, the group, the backend.
+    head = h["hidden_states"], h["weight"]
+    how = (0, 5 * 4 * 6, 1, 0), "", backend
+    plain = (*head, None, None, None, ids, mask, None, (0.7, 1.0, 1.0, 0.0), *how)
+    adapted = (
+        *head,
+        h["bias"],
+        torch.randn(2, 3),
+        torch.randn(5, 2),
+        ids,
+        None,
+        rows + 0.5,
+        (1.0, 0.5, 2.0, 5.0),
+        *how,
+    )
+    nothing, frozen, every = (False,) * 4, (True, False, False, False), (True,) * 4
     with torch.no_grad():
         _, *forward = torch.ops.rpp_kernels.logps_fwd(logits, ids, mask, 0.7, None, backend)
-        _, *linear = torch.ops.rpp_kernels.linear_logps_fwd(*head, None, ids, mask, 0.7, None, backend)
+        linear = torch.ops.rpp_kernels.linear_logps_fwd(*plain, 8, False)[1:5]
         _, moments = torch.ops.rpp_kernels.whiten_fwd(advantages, mask, True, False, 1e-8, 0, backend)
     policy = x["logps"], x["old_logps"]
     clips = 0.2, 0.2, math.inf, 20.0
@@ -192,13 +207,14 @@ def op_cases():
             (logits, ids, mask, 0.7, None, *forward, rows, None, None, backend),
             (logits, ids, mask, 0.7, rows + 0.5, *forward, rows, rows, rows, backend),
         ],
-        "linear_logps_fwd": [
-            (*head, None, ids, mask, 0.7, None, backend),
-            (*head, h["bias"], ids, None, 1.0, rows + 0.5, backend),
-        ],
+        "linear_logps_fwd": [(*plain, 0, False), (*adapted, 6, False), (*plain, 0, True)],
         "linear_logps_bwd": [
-            (*head, None, ids, mask, 0.7, None, *linear, rows, None, rows, True, False, backend),
-            (*head, h["bias"], ids, mask, 0.7, None, *linear, rows, rows, None, False, True, backend),
+            (*plain, *linear, rows, None, rows, frozen),
+            (*adapted, *linear, rows, rows, None, every),
+        ],
+        "linear_policy_loss_with_gradients": [
+            (*plain, x["old_logps"], advantages, cu, None, 1.0, True, clips, False, False, every),
+            (*adapted, None, advantages, cu, rows.sum().double(), 3.0, False, clips, True, True, nothing),
         ],
         "kl_fwd": [(*policy, mask, 3, 2, 20.0, 1.0, backend), (*policy, None, 1, 1, 20.0, math.inf, backend)],
         "kl_bwd": [(rows, *policy, mask, 3, 20.0, 1.0, backend)],
@@ -236,7 +252,7 @@ def registered_ops():
 def differentiable(name, arguments):
     """The arguments with what a forward op is differentiated in requiring grad; constants are refused above the op."""
     constants = {"policy_loss_fwd": (1, 2), "value_loss_fwd": (1, 2)}.get(name, ())
-    temperature = {"logps_fwd": 4, "linear_logps_fwd": 6}.get(name)
+    temperature = {"logps_fwd": 4, "linear_logps_fwd": 7}.get(name)
 
     def prepare(i, x):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not name.endswith("_fwd"):

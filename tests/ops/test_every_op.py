@@ -212,7 +212,12 @@ def test_strided_inputs_give_what_contiguous_ones_give(call, view, dtype, backen
     strided = batch.map_tokens(view)._replace(mask=view(batch.mask))
     strided.tensors["weight"] = batch.tensors["weight"].T.contiguous().T
     assert not strided.mask.is_contiguous()
-    assert_same(backend, run_call(call, strided), run_call(call, batch))
+    got, want = run_call(call, strided), run_call(call, batch)
+    if "weight" in call.differentiable:  # a library's product takes another path to the same sums
+        eps = torch.finfo(dtype).eps
+        assert_close(got, want, rtol=32 * eps, atol=32 * eps)
+    else:
+        assert_same(backend, got, want)
 
 
 @every_call

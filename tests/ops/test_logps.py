@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rpp_kernels as rpp
-from rpp_kernels.ops import logps as logps_ops
+from rpp_kernels.ops import chunks
 from rpp_kernels.testing import ZERO, assert_close_to_reference, evaluate
 
 assert_close = torch.testing.assert_close
@@ -22,7 +22,7 @@ def from_logits(f, x, mask=None, temperature=1.0):
     return f.logps_from_logits(x["logits"], x["target_ids"], mask, temperature=x.get("temperature", temperature))
 
 
-def linear(f, x, mask=None, temperature=1.0):
+def linear(f, x, mask=None, temperature=1.0, **options):
     return f.linear_logps(
         x["hidden_states"],
         x["weight"],
@@ -30,6 +30,7 @@ def linear(f, x, mask=None, temperature=1.0):
         mask,
         bias=x.get("bias"),
         temperature=x.get("temperature", temperature),
+        **options,
     )
 
 
@@ -285,8 +286,8 @@ def test_a_temperature_for_each_token_is_the_number_for_that_token(backend, devi
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of three tokens, for a vocabulary of 40 in float32."""
-    monkeypatch.setattr(logps_ops, "_CHUNK_BYTES", 3 * 40 * 4)
+    """Chunks of three tokens."""
+    monkeypatch.setattr(chunks, "chunk_tokens", lambda *_: (3, 3))
 
 
 @pytest.mark.kernels
@@ -305,13 +306,14 @@ def test_linear_logps_of_every_width(V, device):
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 40 * 4, 3 * 40 * 4 + 1, 1 << 20])
-def test_results_do_not_depend_on_the_size_of_chunks(chunk_bytes, monkeypatch, backend, device):
+def test_results_do_not_depend_on_the_size_of_chunks(chunk_bytes, backend, device):
     x = head(11, 40, device=device)
     mask = torch.arange(11, device=device) % 4 != 1
-    run = partial(evaluate, lambda x: linear(rpp, x, mask), x, ["hidden_states", "weight", "bias"])
-    whole = run()
-    monkeypatch.setattr(logps_ops, "_CHUNK_BYTES", chunk_bytes)
-    assert_close(run(), whole)
+
+    def run(**options):
+        return evaluate(lambda x: linear(rpp, x, mask, **options), x, ["hidden_states", "weight", "bias"])
+
+    assert_close(run(chunk_bytes=chunk_bytes), run())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -395,12 +397,11 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_logits_are_never_stored(dtype, device, monkeypatch):
+def test_the_logits_are_never_stored(dtype, device):
     T, V, H = 64, 1000, 8
-    monkeypatch.setattr(logps_ops, "_CHUNK_BYTES", 4 * V * 4)
     x = head(T, V, H, dtype=dtype, device=device)
     with LargestTensor() as largest:
-        evaluate(partial(linear, rpp), x, ["hidden_states", "weight", "bias"])
+        evaluate(partial(linear, rpp, chunk_bytes=4 * V * 4), x, ["hidden_states", "weight", "bias"])
     assert largest.numel == V * H  # the gradient of the weight; four rows of logits are half of that
     with LargestTensor() as largest:
         evaluate(partial(from_logits, rpp), rows(T, V, device=device), ["logits"])
@@ -408,19 +409,20 @@ def test_the_logits_are_never_stored(dtype, device, monkeypatch):
 
 
 @pytest.mark.kernels
-def test_backward_stores_one_chunk_of_logits_at_a_time(device, monkeypatch):
-    rows_seen = []
-    project = logps_ops._project
+@pytest.mark.usefixtures("small_chunks")
+def test_one_chunk_of_logits_is_there_at_a_time(device, monkeypatch):
+    seen = []
+    project = chunks.Chunks.project
 
-    def spy(hidden_states, weight, bias, out):
-        rows_seen.append((hidden_states.shape[0], out.data_ptr()))
-        return project(hidden_states, weight, bias, out)
+    def spy(self, rows, logits=None):
+        logits = project(self, rows, logits)
+        seen.append((rows.shape[0], logits.data_ptr()))
+        return logits
 
-    monkeypatch.setattr(logps_ops, "_CHUNK_BYTES", 3 * 40 * 4)
-    monkeypatch.setattr(logps_ops, "_project", spy)
-    evaluate(partial(linear, rpp), head(8, 40, device=device), ["hidden_states"])
-    assert [n for n, _ in rows_seen] == [3, 3, 2] * 2  # forward, and again backward
-    assert len({buffer for _, buffer in rows_seen[:3]}) == 1
+    monkeypatch.setattr(chunks.Chunks, "project", spy)
+    evaluate(partial(linear, rpp), head(8, 40, device=device), ["hidden_states", "weight"])
+    assert [n for n, _ in seen] == [3, 3, 2] * 2  # forward, and again backward
+    assert len({buffer for _, buffer in seen[:3]}) == 1
 
 
 # ---------------------------------------------------------------- refusals
@@ -473,11 +475,11 @@ class NotPlain(torch.Tensor):
         ({"hidden_states": HIDDEN.int()}, "hidden_states: want a float32"),
         ({"hidden_states": HIDDEN[0]}, "hidden_states: want .* of 2 or 3 dimension"),
         ({"weight": WEIGHT.T}, r"weight: want \(V, 2\), the last dimension of hidden_states"),
-        ({"weight": torch.empty(0)}, "weight: want the whole head"),
-        ({"weight": torch.empty(0, 2)}, "weight: want the whole head"),
+        ({"weight": torch.empty(0)}, "weight: want the whole parameter"),
+        ({"weight": torch.empty(0, 2)}, "weight: want the whole parameter"),
         ({"weight": WEIGHT[0]}, r"weight: want \(V, 2\)"),
         ({"weight": WEIGHT.double()}, "weight: want the dtype of hidden_states, torch.float32"),
-        ({"weight": WEIGHT.as_subclass(NotPlain)}, "weight: want a plain tensor .* got NotPlain"),
+        ({"weight": WEIGHT.as_subclass(NotPlain)}, "weight: want a plain tensor, got NotPlain"),
         ({"bias": torch.zeros(3)}, r"bias: want the shape \(4,\) of one for each row of weight"),
         ({"bias": torch.zeros(4).int()}, "bias: want a float32"),
         ({"target_ids": torch.tensor([0, 1, 4])}, r"target_ids: want ids in \[0, 4\)"),

@@ -95,8 +95,9 @@ void logps_fwd_rows(const LogpsArgs<S>& a, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < a.logits.vocab; i += RowSum<S>::kBlock)
       r.add_block(x + i, std::min(a.logits.vocab - i, RowSum<S>::kBlock), static_cast<T>(inverse_temperature));
     const double log_sum = std::log(r.sum), max = r.max * inverse_temperature;
-    const double target = to_double(x[a.target_ids[row]]) * inverse_temperature;
-    a.logps[row] = static_cast<T>((target - max) - log_sum);
+    // Not the difference of two products, of which one may be fused and the other rounded.
+    const double below_max = to_double(x[a.target_ids[row]]) - double(r.max);
+    a.logps[row] = static_cast<T>(below_max * inverse_temperature - log_sum);
     // A row of nothing but -inf is no distribution, though the terms of its sum are there.
     a.entropy[row] =
         std::isinf(r.max) ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(log_sum - r.weighted / r.sum);

@@ -1,0 +1,246 @@
+"""The cases from hidden states: log-probs, the policy loss and the cross entropy of a linear head.
+
+Their unit of work is the matrix product of 2 T V H flops. Whoever stores the logits needs three, one forward and two
+backward. So do `linear_loss` and `linear_policy_loss`; `linear_logps` makes the logits twice, for four. With a share m
+of the tokens under the mask, and a with a gradient that is not zero, these are m + 2 a and m + 3 a.
+"""
+
+from typing import Any
+
+import torch
+from case import OURS, Case, Data, Function, Loader, Tensors, compiled, matmul_floor, plain
+from timing import Outputs
+from torch import Tensor
+from torch.nn import functional
+
+import rpp_kernels as rpp
+from rpp_kernels import reference
+from rpp_kernels.testing import make_batch
+
+_T, _H, _V = 1024, 1024, 32000
+_SHAPE = f"T = {_T}, H = {_H}, V = {_V} float32"
+WRT = ("hidden_states", "weight")
+
+# ---------------------------------------------------------------- inputs
+
+
+def head_inputs(tokens: int, vocab: int, hidden: int) -> Tensors:
+    """One sequence, (1, T)."""
+    batch = make_batch(1, tokens, vocab=vocab, hidden=hidden)
+    return {name: batch[name] for name in ("hidden_states", "weight", "target_ids")}
+
+
+def policy_inputs(tokens: int, vocab: int, hidden: int) -> Tensors:
+    """The old log-probs are the policy's own but for a little noise, as in the first steps on a batch: ratios of 0.9 to
+    1.1, none of which is clipped."""
+    inputs = head_inputs(tokens, vocab, hidden)
+    generator = torch.Generator().manual_seed(1)
+    noise, advantages = (torch.randn(1, tokens, generator=generator) for _ in range(2))
+    with torch.no_grad():
+        logps = rpp.linear_logps(**inputs).logps
+    return inputs | {"old_logps": logps + 0.02 * noise, "advantages": advantages}
+
+
+def idle(tokens: int) -> Tensor:
+    """Which tokens have no part in the gradient: 40% of them (410 of 1024), in runs of 64 of which the first is cut."""
+    return (torch.arange(tokens)[None] + 38) % 160 < 64
+
+
+def _logps_data() -> Data:
+    inputs = head_inputs(_T, _V, _H)
+    return Data(inputs, WRT, (torch.randn(1, _T, generator=torch.Generator().manual_seed(1)),))
+
+
+def _loss_data(inputs: Tensors) -> Data:
+    return Data(inputs, WRT, (torch.ones(()),))
+
+
+def _masked_data() -> Data:
+    return _loss_data(policy_inputs(_T, _V, _H) | {"completion_mask": ~idle(_T)})
+
+
+def _zero_data() -> Data:
+    inputs = policy_inputs(_T, _V, _H)
+    return _loss_data(inputs | {"advantages": inputs["advantages"] * ~idle(_T)})
+
+
+# ---------------------------------------------------------------- log-probs
+
+
+def _eager_logps(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
+    all_logps = torch.log_softmax((hidden_states @ weight.T).float(), -1)
+    return (all_logps.gather(-1, target_ids[..., None]).squeeze(-1),)
+
+
+# ---------------------------------------------------------------- the policy loss
+
+
+def _clipped(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
+    ratio = (logps - old_logps).clamp(-20, 20).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+
+
+def eager_policy_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor | None = None,
+) -> Outputs:
+    (logps,) = _eager_logps(hidden_states, weight, target_ids)
+    loss = _clipped(logps, old_logps, advantages)
+    return (loss.mean() if completion_mask is None else (loss * completion_mask).sum() / completion_mask.sum(),)
+
+
+def fused_policy_loss(**inputs: Tensor) -> Outputs:
+    return (rpp.linear_policy_loss(**inputs).loss,)
+
+
+def _without_skipping(**inputs: Tensor) -> Outputs:
+    return (rpp.linear_policy_loss(**inputs, skip_rows=False).loss,)
+
+
+def logps_then_policy_loss(
+    hidden_states: Tensor, weight: Tensor, target_ids: Tensor, old_logps: Tensor, advantages: Tensor
+) -> Outputs:
+    logps = rpp.linear_logps(hidden_states, weight, target_ids).logps
+    return (rpp.policy_loss(logps, old_logps, advantages).loss,)
+
+
+def _loss_in_python(
+    hidden_states: Tensor, weight: Tensor, target_ids: Tensor, old_logps: Tensor, advantages: Tensor
+) -> Outputs:
+    def token_loss(logps: Tensor, entropy: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+        return _clipped(logps, old_logps[rows], advantages[rows]) / target_ids.numel()
+
+    return (rpp.linear_loss(hidden_states, weight, target_ids, token_loss).loss,)
+
+
+def _policy_spec(**inputs: Tensor) -> Outputs:
+    return (reference.linear_policy_loss(**inputs).loss,)
+
+
+# ---------------------------------------------------------------- the cross entropy
+
+
+def _our_cross_entropy(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
+    def token_loss(logps: Tensor, entropy: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+        return -logps / target_ids.numel()
+
+    return (rpp.linear_loss(hidden_states, weight, target_ids, token_loss).loss,)
+
+
+def _eager_cross_entropy(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
+    return (functional.cross_entropy((hidden_states @ weight.T)[0], target_ids[0]),)
+
+
+def _torch_cross_entropy(chosen: dict[str, Any] | None = None) -> Loader:
+    """With those options, or without any, where it stores the logits. Of torch 2.13 and later."""
+
+    def load() -> Function:
+        try:
+            linear_cross_entropy = functional.linear_cross_entropy
+            options = None if chosen is None else torch.nn.LinearCrossEntropyOptions(**chosen)
+        except AttributeError as error:
+            raise ImportError(str(error)) from error
+        return lambda hidden_states, weight, target_ids: (
+            linear_cross_entropy(hidden_states[0], weight, target_ids[0], options=options),
+        )
+
+    return load
+
+
+def _cross_entropy_spec(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
+    return (-reference.linear_logps(hidden_states, weight, target_ids).logps.mean(),)
+
+
+# ---------------------------------------------------------------- the table
+
+LINEAR_CASES = [
+    Case(
+        name="linear_logps",
+        op="linear_logps: log-prob from hidden states",
+        shape=_SHAPE,
+        why="the head of a small model, where the logits outweigh everything else. Ours takes four matrix products, "
+        "whoever stores the logits three",
+        data=_logps_data,
+        spec=lambda **inputs: reference.linear_logps(**inputs)[:1],
+        competitors={
+            OURS: plain(lambda **inputs: rpp.linear_logps(**inputs)[:1]),
+            "eager, logits + log_softmax": plain(_eager_logps),
+            "torch.compile": compiled(_eager_logps),
+        },
+        floor=matmul_floor(_T, _V, _H),
+        tolerance=1e-4,
+    ),
+    Case(
+        name="linear_policy_loss",
+        op="linear_policy_loss: the clipped policy loss from hidden states, and its gradient",
+        shape=_SHAPE,
+        why="the same head with its loss. Everyone takes three matrix products, linear_logps then policy_loss four",
+        data=lambda: _loss_data(policy_inputs(_T, _V, _H)),
+        spec=_policy_spec,
+        competitors={
+            OURS: plain(fused_policy_loss),
+            "rpp-kernels, linear_logps then policy_loss": plain(logps_then_policy_loss),
+            "rpp-kernels, linear_loss": plain(_loss_in_python),
+            "eager": plain(eager_policy_loss),
+            "torch.compile": compiled(eager_policy_loss),
+        },
+        floor=matmul_floor(_T, _V, _H, "both"),
+        tolerance=1e-4,
+    ),
+    Case(
+        name="linear_policy_loss_40_masked",
+        op="linear_policy_loss, 40% of the tokens outside the mask",
+        shape=_SHAPE,
+        why="prompts and padding, in runs of 64 tokens. Ours takes 0.6 + 2 x 0.6 = 1.8 matrix products, without "
+        "skipping three, as eager does",
+        data=_masked_data,
+        spec=_policy_spec,
+        competitors={
+            OURS: plain(fused_policy_loss),
+            "rpp-kernels, skip_rows=False": plain(_without_skipping),
+            "eager": plain(eager_policy_loss),
+        },
+        floor=matmul_floor(_T, _V, _H, "both"),
+        tolerance=1e-4,
+    ),
+    Case(
+        name="linear_policy_loss_40_zero",
+        op="linear_policy_loss, 40% of the tokens with an advantage of 0",
+        shape=_SHAPE,
+        why="sequences of groups whose rewards are all the same, in runs of 64 tokens. Ours takes 1 + 2 x 0.6 = 2.2 "
+        "matrix products, without skipping three, as eager does",
+        data=_zero_data,
+        spec=_policy_spec,
+        competitors={
+            OURS: plain(fused_policy_loss),
+            "rpp-kernels, skip_rows=False": plain(_without_skipping),
+            "eager": plain(eager_policy_loss),
+        },
+        floor=matmul_floor(_T, _V, _H, "both"),
+        tolerance=1e-4,
+    ),
+    Case(
+        name="linear_cross_entropy",
+        op="linear_loss of -logps / T: the mean cross entropy from hidden states, and its gradient",
+        shape=_SHAPE,
+        why="the one loss from hidden states that PyTorch has in chunks as well. Everyone takes three matrix products",
+        data=lambda: _loss_data(head_inputs(_T, _V, _H)),
+        spec=_cross_entropy_spec,
+        competitors={
+            OURS: plain(_our_cross_entropy),
+            "torch linear_cross_entropy": _torch_cross_entropy(),
+            "torch linear_cross_entropy, its chunks (16 tokens)": _torch_cross_entropy({}),
+            "torch linear_cross_entropy, chunks of 512 tokens": _torch_cross_entropy(
+                {"batch_chunk_size": 512, "chunking_method": None}
+            ),
+            "eager": plain(_eager_cross_entropy),
+            "torch.compile": compiled(_eager_cross_entropy),
+        },
+        floor=matmul_floor(_T, _V, _H, "both"),
+        tolerance=1e-4,
+    ),
+]

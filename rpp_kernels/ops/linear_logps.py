@@ -1,0 +1,268 @@
+"""Per-token log-probs, entropy and log-sum-exp from hidden states, without storing the logits."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rpp_kernels import reference
+from rpp_kernels.ops import kernel_op, register_gradient
+from rpp_kernels.ops.checks import fail, result_dtype
+from rpp_kernels.ops.chunks import INVARIANT_TOKENS, Chunks, Slopes, Statistics
+from rpp_kernels.ops.head import Head, Needs, checked_head
+from rpp_kernels.reference import TokenLogps
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def _forward_shapes(hidden_states: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    keep_tokens, keep_jacobian = arguments[-2:]
+    dtype, tokens = result_dtype(hidden_states), hidden_states.shape[0]
+    kept = keep_tokens * weight.shape[0]
+    per_token = (hidden_states.new_empty(tokens, dtype=dtype) for _ in range(4))
+    return (
+        *per_token,
+        hidden_states.new_empty(kept, dtype=dtype),
+        hidden_states.new_empty(hidden_states.shape if keep_jacobian else 0, dtype=dtype),
+    )
+
+
+@kernel_op(_forward_shapes)
+def linear_logps_fwd(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    target_ids: Tensor,
+    mask: Tensor | None,
+    token_temperature: Tensor | None,
+    numbers: Sequence[float],
+    plan: Sequence[int],
+    group_name: str,
+    backend: str,
+    keep_tokens: int,
+    keep_jacobian: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logps, entropy, lse, lse_rest), each (T,); the logits of the first chunks, at most `keep_tokens` tokens, flat;
+    with `keep_jacobian` d(logps) / d(hidden_states), (T, H)."""
+    tensors = hidden_states, weight, bias, lora_A, lora_B, target_ids, mask, token_temperature
+    *results, kept, jacobian = _forward_shapes(hidden_states, weight, keep_tokens, False)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        chunks = Chunks(Head(*tensors, numbers, plan, group_name, backend), Needs(keep_jacobian), wide_dhidden=True)
+        for result in results:
+            result.zero_()  # of tokens that are skipped
+        for part in chunks.split(chunks.rows):
+            rows = chunks.rows[part]
+            logits = chunks.project(rows, chunks.kept(kept, part))
+            statistics = chunks.statistics(rows, logits)
+            for result, x in zip(results, statistics, strict=True):
+                result[rows] = x
+            if keep_jacobian:
+                chunks.add_gradient(rows, logits, statistics, Slopes(torch.ones_like(statistics.logps)))
+        if keep_jacobian:
+            jacobian = chunks.sums()[0]
+    logps, entropy, lse, lse_rest = results
+    return logps, entropy, lse, lse_rest, kept, jacobian
+
+
+def gradient_shapes(learned: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Like each of hidden states, weight, bias, lora_A and lora_B; empty where there is no gradient."""
+    hidden_states, weight, bias, lora = needs
+    like = learned[0]
+    assert like is not None
+    return [
+        like.new_empty(p.shape if needed else 0) if p is not None else like.new_empty(0)
+        for p, needed in zip(learned, (hidden_states, weight, bias, lora, lora), strict=True)
+    ]
+
+
+@kernel_op(lambda *arguments: tuple(gradient_shapes(arguments[:5], arguments[-1])))
+def linear_logps_bwd(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    target_ids: Tensor,
+    mask: Tensor | None,
+    token_temperature: Tensor | None,
+    numbers: Sequence[float],
+    plan: Sequence[int],
+    group_name: str,
+    backend: str,
+    entropy: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    kept: Tensor,
+    dlogps: Tensor | None,
+    dentropy: Tensor | None,
+    dlse: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From the logits that were kept, and those of the other tokens made again; empty where not needed."""
+    tensors = hidden_states, weight, bias, lora_A, lora_B, target_ids, mask, token_temperature
+    statistics, slopes = Statistics(lse, entropy, lse, lse_rest), Slopes(dlogps, dentropy, dlse)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        chunks = Chunks(Head(*tensors, numbers, plan, group_name, backend), Needs(*needs))
+        first = 0
+        for part in chunks.split(chunks.rows):
+            logits = chunks.kept(kept, part)
+            if logits is None:
+                break
+            rows, first = chunks.rows[part], part.stop
+            chunks.add_gradient(rows, logits[: rows.shape[0]], statistics.at(rows), slopes.at(rows))
+        rest = chunks.rows[first:]
+        chunks.recompute_gradient(rest, statistics.at(rest), slopes.at(rest))
+        return chunks.gradients()
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.options = inputs[:8], inputs[8:12]
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, entropy, lse, lse_rest, kept, jacobian = ctx.saved_tensors
+    dlogps, dentropy, dlse = grads[:3]
+    hidden_states, weight, bias, a, b, *_ = ctx.needs_input_grad
+    needs = Needs(hidden_states, weight, bias, a or b)
+    gradients: list[Tensor | None] = [None] * 5
+    if jacobian.numel() and dlogps is not None:
+        slope = dlogps[:, None]
+        gradients[0] = torch.where(slope == 0, 0.0, slope * jacobian).to(tensors[0].dtype)
+        dlogps = None
+    if dlogps is not None or dentropy is not None or dlse is not None:
+        rows = entropy, lse, lse_rest, kept, dlogps, dentropy, dlse
+        others = linear_logps_bwd(*tensors, *ctx.options, *rows, needs)
+        gradients = [_added(a, b) for a, b in zip(gradients, others, strict=True)]
+    needed = ctx.needs_input_grad[:5]
+    return *(d if n else None for d, n in zip(gradients, needed, strict=True)), *(None,) * 9
+
+
+def _added(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+register_gradient(linear_logps_fwd, _backward, _setup)
+
+
+def linear_logps(
+    hidden_states: Tensor,  # (T, H) or (B, S, H)
+    weight: Tensor,  # (V, H)
+    target_ids: Tensor,  # (T,) or (B, S) int64
+    completion_mask: Tensor | None = None,  # (T,) or (B, S) bool
+    *,
+    bias: Tensor | None = None,  # (V,)
+    lora_A: Tensor | None = None,  # (R, H)
+    lora_B: Tensor | None = None,  # (V, R)
+    lora_scaling: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or (T,) or (B, S)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    process_group: "ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    chunk_bytes: int | None = None,
+    keep_bytes: int = 0,
+    skip_rows: bool = True,
+    batch_invariant: bool = False,
+) -> TokenLogps:
+    """`logps_from_logits(hidden_states @ weight.T + bias, target_ids)` without the (T, V) logits.
+
+        s = logit_scale * (h W^T + bias + lora_scaling * (h A^T) B^T)     logits = softcap * tanh(s / softcap), or s
+
+    The logits of one chunk of tokens exist at a time, in float32 (float64) whatever the dtype of the operands. Memory
+    beside inputs, results and gradients is one chunk, however many tokens there are, and on CPU a float32 copy of a
+    half weight. The cost in matrix products, of which one is 2 T V H flops, with m the share of tokens under the mask
+    and a the share that has a gradient at all (every token that is neither is left out, which changes no result):
+
+        no gradient wanted                                      m
+        weight, or hidden states through entropy as well        m + 3 a, the logits being made again
+        the same with a share f of the logits in keep_bytes     m + 3 a - f a
+        frozen head, hidden states through logps alone          2 m, backward is pointwise
+
+    With a frozen head (neither weight, bias nor LoRA requires grad) d(logps)/d(hidden_states) is kept from the forward,
+    T * H numbers; a gradient through entropy or lse then costs 2 a more than that. `linear_loss` and
+    `linear_policy_loss` need m + 2 a: where the loss is known, prefer them.
+
+    Args:
+        hidden_states: of the backbone, at the positions that predict `target_ids`.
+        weight: of the head (`lm_head.weight`), whole: an empty or sharded one is refused. Under autocast, operands are
+            cast to its dtype, as those of a linear layer are.
+        target_ids, completion_mask, temperature: as in `logps_from_logits`.
+        bias: of the head.
+        lora_A, lora_B, lora_scaling: a low-rank addition to the head: the two weights of a LoRA on it and its scaling,
+            without dropout. Both are differentiable.
+        softcap: bounds logits, before the temperature (`final_logit_softcapping` of Gemma 2).
+        logit_scale: multiplies logits, before softcap and temperature (`logit_scale` of Cohere, 1 / `logits_scaling`
+            of Granite).
+        process_group: over which the vocabulary is sharded. Each rank passes its rows of weight, bias and lora_B, and
+            the same of everything else. Every rank gets the results of the whole vocabulary, and must differentiate
+            the same loss. The gradients of hidden_states and lora_A are all-reduced: every rank gets the whole ones,
+            which nobody must sum again.
+        vocab_start: with process_group, the id of the first row of this rank's weight.
+        chunk_bytes: how much memory chunks of logits and of their gradients may take. By default on CPU 512 tokens'
+            worth, but no less than 16 MiB and no more than 256.
+        keep_bytes: how much memory may hold logits from forward to backward, for those not to be made again.
+        skip_rows: False projects every token and multiplies every gradient. On an accelerator, skipping waits for the
+            device: the number of rows decides the shape of a product.
+        batch_invariant: True gives a token the same bits in whatever batch it comes: products have one shape, for which
+            the last chunk is filled up with zeros. Without it that depends on the matrix library; see docs/numerics.md.
+
+    Returns:
+        TokenLogps(logps, entropy, lse), as `logps_from_logits`. Differentiable in `hidden_states`, `weight`, `bias`,
+        `lora_A` and `lora_B` through all three, alone or together; each gradient has its input's dtype, and those of
+        parameters are summed in float32.
+
+    Raises:
+        ValueError: a shape, dtype, device, id or option that is not as above.
+    """
+    shape = target_ids.shape if isinstance(target_ids, Tensor) else ()
+    head = checked_head(
+        hidden_states,
+        weight,
+        target_ids,
+        completion_mask,
+        bias,
+        lora_A,
+        lora_B,
+        lora_scaling,
+        temperature,
+        softcap,
+        logit_scale,
+        process_group,
+        vocab_start,
+        chunk_bytes,
+        skip_rows,
+        batch_invariant,
+    )
+    if not isinstance(keep_bytes, int) or isinstance(keep_bytes, bool) or keep_bytes < 0:
+        fail("keep_bytes", "an integer from 0", repr(keep_bytes))
+    if head.backend == "reference":
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return reference.linear_logps(
+                head.hidden_states.view(hidden_states.shape),
+                head.weight,
+                target_ids,
+                completion_mask,
+                bias=head.bias,
+                lora_A=head.lora_A,
+                lora_B=head.lora_B,
+                lora_scaling=lora_scaling,
+                temperature=temperature,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                process_group=process_group,
+                vocab_start=vocab_start,
+            )
+    needs = head.needs
+    frozen = needs.hidden_states and not (needs.weight or needs.bias or needs.lora)
+    keep = 0
+    if any(needs) and not frozen:  # no more memory than there are tokens; products of one shape fill a chunk up
+        tokens = target_ids.numel() + (INVARIANT_TOKENS if batch_invariant else 0)
+        keep = min(tokens, keep_bytes // (weight.shape[0] * result_dtype(hidden_states).itemsize))
+    logps, entropy, lse, *_ = linear_logps_fwd(*head, keep, frozen)
+    return TokenLogps(logps.view(shape), entropy.view(shape), lse.view(shape))
