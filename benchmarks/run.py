@@ -1,4 +1,4 @@
-"""Times the cases: `python benchmarks/run.py [--case NAME ...] [--skip NAME ...] [--threads 2] [--rounds N] [--json FILE]`.
+"""Times the cases: `python benchmarks/run.py [--case NAME ...] [--skip NAME ...] [--rounds N] [--json FILE]`.
 
 Each case is checked against the float64 specification first, gradients included, and nothing is printed when anyone who
 would be timed is wrong. `benchmarks/report.py` turns the JSON into the tables of docs/performance.md.
