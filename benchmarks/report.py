@@ -1,8 +1,8 @@
 """Writes the generated tables of the documentation from benchmarks/results: `python benchmarks/report.py`.
 
 cpu.json and linear.json (of run.py) become tables of docs/performance.md and summaries in README.md; memory.json (of
-memory.py) another table there and docs/linear_memory.png; demo.json (of demo.py) the table of docs/trainer.md. Only what
-stands between a page's two markers is replaced.
+memory.py) becomes another table there and docs/linear_memory.png; demo.json (of demo.py) the table of docs/trainer.md.
+Only what stands between a page's two markers is replaced.
 """
 
 import json
