@@ -79,6 +79,11 @@ def check_number(
         fail(name, wanted, repr(value))
 
 
+def check_integer(name: str, value: Any, wanted: str, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        fail(name, wanted, repr(value))
+
+
 def check_target_ids(target_ids: Tensor, mask: Tensor | None, shape: Sequence[int], vocab: int, like: Tensor) -> None:
     if not isinstance(target_ids, Tensor) or target_ids.dtype != torch.int64:
         fail("target_ids", "an int64 tensor", describe(target_ids))

@@ -226,13 +226,32 @@ class Chunks:
 
     def add_gradient(self, rows: Tensor, logits: Tensor, statistics: Statistics, slopes: Slopes) -> None:
         """Of a chunk whose logits are there."""
+        which, slopes = self._active(rows, slopes)
+        self._add_gradient(rows, logits, which, statistics, slopes)
+
+    def recompute_gradient(self, rows: Tensor, statistics: Statistics, slopes: Slopes) -> None:
+        """Of any number of tokens whose logits are gone."""
+        which, slopes = self._active(rows, slopes)
+        if which is not None:
+            rows, statistics, slopes = rows[which], statistics.at(which), slopes.at(which)
+        for part in self.split(rows):
+            logits = self.project(rows[part])
+            self._add_gradient(rows[part], logits, None, statistics.at(part), slopes.at(part))
+
+    def _active(self, rows: Tensor, slopes: Slopes) -> tuple[Tensor | None, Slopes]:
+        """Which of the tokens have a gradient, None for all of them; and slopes that are 0 under the mask."""
         if self.mask is not None:
             slopes = slopes.where(self.mask[rows])
-        which = slopes.active() if self.plan.skip_rows else torch.arange(rows.shape[0], device=rows.device)
-        n = which.shape[0]
-        if n == 0:
+        which = slopes.active() if self.plan.skip_rows else None
+        return None if which is None or which.shape[0] == rows.shape[0] else which, slopes
+
+    def _add_gradient(
+        self, rows: Tensor, logits: Tensor, which: Tensor | None, statistics: Statistics, slopes: Slopes
+    ) -> None:
+        wanted = rows if which is None else rows[which]
+        if wanted.shape[0] == 0:
             return
-        dlogits = self._room(n, logits)
+        dlogits = self._room(wanted.shape[0], logits)
         ids, here = self._ids(rows)
         dlogps, dentropy, dlse = slopes
         if here is not None and dlogps is not None:  # a target elsewhere moves this shard through the lse alone
@@ -241,7 +260,7 @@ class Chunks:
         self.kernels.chunk_logps_bwd_out(
             dlogits,
             logits,
-            None if n == rows.shape[0] else which,
+            which,
             ids,
             self.numbers.temperature,
             self._temperature(rows),
@@ -249,20 +268,9 @@ class Chunks:
             *statistics[1:],
             *(None if d is None else d.contiguous() for d in (dlogps, dentropy, dlse)),
         )
-        self._waiting.append((rows[which], dlogits))
+        self._waiting.append((wanted, dlogits))
         if self.in_place:
             self._multiply_waiting()
-
-    def recompute_gradient(self, rows: Tensor, statistics: Statistics, slopes: Slopes) -> None:
-        """Of any number of tokens whose logits are gone."""
-        if self.mask is not None:
-            slopes = slopes.where(self.mask[rows])
-        if self.plan.skip_rows:
-            which = slopes.active()
-            rows, statistics, slopes = rows[which], statistics.at(which), slopes.at(which)
-        for part in self.split(rows):
-            logits = self.project(rows[part])
-            self.add_gradient(rows[part], logits, statistics.at(part), slopes.at(part))
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of hidden states, weight, bias, lora_A and lora_B, each in its dtype; empty where not needed."""

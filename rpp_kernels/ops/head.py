@@ -1,14 +1,18 @@
 """The head of a language model, as the linear functions take it and as their ops do."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from rpp_kernels.backends import backend_of
+from rpp_kernels.ops import kernel_op
 from rpp_kernels.ops.checks import (
     check_floats,
+    check_integer,
     check_mask,
     check_number,
     check_shape,
@@ -25,6 +29,28 @@ if TYPE_CHECKING:  # some builds of torch have no torch.distributed
     from torch.distributed import ProcessGroup
 
 
+class Options(NamedTuple):
+    """What a public function and that of reference.py take by these keywords."""
+
+    bias: Tensor | None  # (V,)
+    lora_A: Tensor | None  # (R, H)
+    lora_B: Tensor | None  # (V, R)
+    lora_scaling: float
+    temperature: float | Tensor  # or (T,) or (B, S)
+    softcap: float | None
+    logit_scale: float
+    process_group: "ProcessGroup | None"
+    vocab_start: int | None
+
+
+class Execution(NamedTuple):
+    """The keywords that only say how a call is carried out."""
+
+    chunk_bytes: int | None
+    skip_rows: bool
+    batch_invariant: bool
+
+
 class Numbers(NamedTuple):
     """The floats of a head, in the order in which ops take them."""
 
@@ -35,7 +61,7 @@ class Numbers(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a call is carried out: integers, in the order in which ops take them."""
+    """How an op is carried out: integers, in the order in which it takes them."""
 
     vocab_start: int
     chunk_bytes: int  # 0: the default of the device
@@ -51,9 +77,14 @@ class Needs(NamedTuple):
     bias: bool = False
     lora: bool = False
 
+    @property
+    def frozen(self) -> bool:
+        """Hidden states learn and the head does not."""
+        return self.hidden_states and not (self.weight or self.bias or self.lora)
+
 
 class Head(NamedTuple):
-    """The arguments with which every linear op begins. Tokens are flat."""
+    """The arguments with which every linear op begins (`head_op`). Tokens are flat."""
 
     hidden_states: Tensor  # (T, H)
     weight: Tensor  # (V, H)
@@ -69,6 +100,10 @@ class Head(NamedTuple):
     backend: str
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:8]
+
+    @property
     def learned(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         return self[:5]
 
@@ -80,25 +115,42 @@ class Head(NamedTuple):
         return Needs(hidden_states, weight, bias, a or b)
 
 
+def head_op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`kernel_op` for a function whose first argument is a Head, of which the op takes the fields one by one."""
+    fields = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)
+        for name, hint in get_type_hints(Head).items()
+    ]
+
+    def with_head(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(Head(*arguments[: len(fields)]), *arguments[len(fields) :])
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def flat(*arguments: Any) -> Any:
+            with torch.autocast(arguments[0].device.type, enabled=False):
+                return with_head(function)(*arguments)
+
+        signature = inspect.signature(function)
+        others = list(signature.parameters.values())[1:]
+        flat.__signature__ = signature.replace(parameters=fields + others)  # type: ignore[attr-defined]
+        return kernel_op(with_head(fake))(flat)
+
+    return register
+
+
 def checked_head(
     hidden_states: Tensor,
     weight: Tensor,
     target_ids: Tensor,
     completion_mask: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    lora_scaling: float,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    process_group: "ProcessGroup | None",
-    vocab_start: int | None,
-    chunk_bytes: int | None,
-    skip_rows: bool,
-    batch_invariant: bool,
-) -> Head:
-    """The arguments of a public function as those of an op, or a ValueError that names one."""
+    options: Options,
+    execution: Execution,
+) -> tuple[Head, dict[str, Any]]:
+    """The arguments of a public function as those of an op, and as those of reference.py; or a ValueError that names
+    one."""
+    bias, lora_A, lora_B, lora_scaling, temperature, softcap, logit_scale, process_group, vocab_start = options
+    chunk_bytes, skip_rows, batch_invariant = execution
     tensors = {"hidden_states": hidden_states, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
     for name, x in tensors.items():
         _check_plain(name, x)
@@ -124,21 +176,21 @@ def checked_head(
         check_number("softcap", softcap, "a positive finite number, or None", 0, _FINITE[1], open_low=True)
     shape = hidden_states.shape[:-1]
     check_mask(completion_mask, "the tokens of hidden_states", shape, hidden_states)
-    if process_group is None and vocab_start is not None:
+    if process_group is not None:
+        check_integer("vocab_start", vocab_start, "the id of this shard's first row, beside process_group", 0)
+    elif vocab_start is not None:
         fail("vocab_start", "None without a process_group", vocab_start)
-    if process_group is not None and not (_is_integer(vocab_start) and int(vocab_start or 0) >= 0):
-        fail("vocab_start", "the id of this shard's first row, beside process_group", repr(vocab_start))
     # Of a shard only the loop knows, together with the others, which ids lie in none.
     vocab = V if process_group is None else torch.iinfo(torch.int64).max
     check_target_ids(target_ids, completion_mask, shape, vocab, hidden_states)
     check_temperature(temperature, completion_mask, shape, hidden_states)
-    if chunk_bytes is not None and (not _is_integer(chunk_bytes) or chunk_bytes < 1):
-        fail("chunk_bytes", "a positive integer, or None", repr(chunk_bytes))
+    if chunk_bytes is not None:
+        check_integer("chunk_bytes", chunk_bytes, "a positive integer, or None", 1)
     for name, flag in {"skip_rows": skip_rows, "batch_invariant": batch_invariant}.items():
         if not isinstance(flag, bool):
             fail(name, "True or False", repr(flag))
     each = isinstance(temperature, Tensor)
-    return Head(
+    head = Head(
         hidden_states.reshape(-1, H),
         weight,
         bias,
@@ -152,13 +204,12 @@ def checked_head(
         "" if process_group is None else process_group.group_name,
         backend_of(hidden_states),
     )
+    operands = {"hidden_states": hidden_states, "weight": weight}
+    ids = {"target_ids": target_ids, "completion_mask": completion_mask}
+    return head, operands | ids | options._replace(bias=bias, lora_A=lora_A, lora_B=lora_B)._asdict()
 
 
 _FINITE = (-3e38, 3e38)
-
-
-def _is_integer(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
 
 
 def _check_plain(name: str, x: Any) -> None:

@@ -7,92 +7,61 @@ import torch
 from torch import Tensor
 
 from rpp_kernels import reference
-from rpp_kernels.ops import kernel_op, register_gradient
-from rpp_kernels.ops.checks import fail, result_dtype
+from rpp_kernels.ops import register_gradient
+from rpp_kernels.ops.checks import check_integer, result_dtype
 from rpp_kernels.ops.chunks import INVARIANT_TOKENS, Chunks, Slopes, Statistics
-from rpp_kernels.ops.head import Head, Needs, checked_head
+from rpp_kernels.ops.head import Execution, Head, Needs, Options, Plan, checked_head, head_op
 from rpp_kernels.reference import TokenLogps
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def _forward_shapes(hidden_states: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    keep_tokens, keep_jacobian = arguments[-2:]
-    dtype, tokens = result_dtype(hidden_states), hidden_states.shape[0]
-    kept = keep_tokens * weight.shape[0]
-    per_token = (hidden_states.new_empty(tokens, dtype=dtype) for _ in range(4))
+def _forward_shapes(head: Head, keep_tokens: int, keep_jacobian: bool) -> tuple[Tensor, ...]:
+    x, dtype = head.hidden_states, result_dtype(head.hidden_states)
     return (
-        *per_token,
-        hidden_states.new_empty(kept, dtype=dtype),
-        hidden_states.new_empty(hidden_states.shape if keep_jacobian else 0, dtype=dtype),
+        *(x.new_empty(x.shape[0], dtype=dtype) for _ in range(4)),
+        x.new_empty(keep_tokens * head.weight.shape[0], dtype=dtype),
+        x.new_empty(x.shape if keep_jacobian else 0, dtype=dtype),
     )
 
 
-@kernel_op(_forward_shapes)
+@head_op(_forward_shapes)
 def linear_logps_fwd(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    target_ids: Tensor,
-    mask: Tensor | None,
-    token_temperature: Tensor | None,
-    numbers: Sequence[float],
-    plan: Sequence[int],
-    group_name: str,
-    backend: str,
-    keep_tokens: int,
-    keep_jacobian: bool,
+    head: Head, keep_tokens: int, keep_jacobian: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps, entropy, lse, lse_rest), each (T,); the logits of the first chunks, at most `keep_tokens` tokens, flat;
     with `keep_jacobian` d(logps) / d(hidden_states), (T, H)."""
-    tensors = hidden_states, weight, bias, lora_A, lora_B, target_ids, mask, token_temperature
-    *results, kept, jacobian = _forward_shapes(hidden_states, weight, keep_tokens, False)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        chunks = Chunks(Head(*tensors, numbers, plan, group_name, backend), Needs(keep_jacobian), wide_dhidden=True)
-        for result in results:
-            result.zero_()  # of tokens that are skipped
-        for part in chunks.split(chunks.rows):
-            rows = chunks.rows[part]
-            logits = chunks.project(rows, chunks.kept(kept, part))
-            statistics = chunks.statistics(rows, logits)
-            for result, x in zip(results, statistics, strict=True):
-                result[rows] = x
-            if keep_jacobian:
-                chunks.add_gradient(rows, logits, statistics, Slopes(torch.ones_like(statistics.logps)))
+    *results, kept, jacobian = _forward_shapes(head, keep_tokens, False)
+    chunks = Chunks(head, Needs(keep_jacobian), wide_dhidden=True)
+    for result in results:
+        result.zero_()  # of tokens that are skipped
+    for part in chunks.split(chunks.rows):
+        rows = chunks.rows[part]
+        logits = chunks.project(rows, chunks.kept(kept, part))
+        statistics = chunks.statistics(rows, logits)
+        for result, x in zip(results, statistics, strict=True):
+            result[rows] = x
         if keep_jacobian:
-            jacobian = chunks.sums()[0]
+            chunks.add_gradient(rows, logits, statistics, Slopes(torch.ones_like(statistics.logps)))
+    if keep_jacobian:
+        jacobian = chunks.sums()[0]
     logps, entropy, lse, lse_rest = results
     return logps, entropy, lse, lse_rest, kept, jacobian
 
 
-def gradient_shapes(learned: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+def gradient_shapes(head: Head, needs: Sequence[bool]) -> list[Tensor]:
     """Like each of hidden states, weight, bias, lora_A and lora_B; empty where there is no gradient."""
     hidden_states, weight, bias, lora = needs
-    like = learned[0]
-    assert like is not None
     return [
-        like.new_empty(p.shape if needed else 0) if p is not None else like.new_empty(0)
-        for p, needed in zip(learned, (hidden_states, weight, bias, lora, lora), strict=True)
+        head.hidden_states.new_empty(p.shape if p is not None and needed else 0)
+        for p, needed in zip(head.learned, (hidden_states, weight, bias, lora, lora), strict=True)
     ]
 
 
-@kernel_op(lambda *arguments: tuple(gradient_shapes(arguments[:5], arguments[-1])))
+@head_op(lambda head, *arguments: tuple(gradient_shapes(head, arguments[-1])))
 def linear_logps_bwd(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    target_ids: Tensor,
-    mask: Tensor | None,
-    token_temperature: Tensor | None,
-    numbers: Sequence[float],
-    plan: Sequence[int],
-    group_name: str,
-    backend: str,
+    head: Head,
     entropy: Tensor,
     lse: Tensor,
     lse_rest: Tensor,
@@ -103,44 +72,44 @@ def linear_logps_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """From the logits that were kept, and those of the other tokens made again; empty where not needed."""
-    tensors = hidden_states, weight, bias, lora_A, lora_B, target_ids, mask, token_temperature
     statistics, slopes = Statistics(lse, entropy, lse, lse_rest), Slopes(dlogps, dentropy, dlse)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        chunks = Chunks(Head(*tensors, numbers, plan, group_name, backend), Needs(*needs))
-        first = 0
-        for part in chunks.split(chunks.rows):
-            logits = chunks.kept(kept, part)
-            if logits is None:
-                break
-            rows, first = chunks.rows[part], part.stop
-            chunks.add_gradient(rows, logits[: rows.shape[0]], statistics.at(rows), slopes.at(rows))
-        rest = chunks.rows[first:]
-        chunks.recompute_gradient(rest, statistics.at(rest), slopes.at(rest))
-        return chunks.gradients()
+    chunks = Chunks(head, Needs(*needs))
+    first = 0
+    for part in chunks.split(chunks.rows):
+        logits = chunks.kept(kept, part)
+        if logits is None:
+            break
+        rows, first = chunks.rows[part], part.stop
+        chunks.add_gradient(rows, logits[: rows.shape[0]], statistics.at(rows), slopes.at(rows))
+    rest = chunks.rows[first:]
+    chunks.recompute_gradient(rest, statistics.at(rest), slopes.at(rest))
+    return chunks.gradients()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options = inputs[:8], inputs[8:12]
-    ctx.save_for_backward(*tensors, *output[1:])
+    head = Head(*inputs[: len(Head._fields)])
+    ctx.save_for_backward(*head.tensors, *output[1:])
+    ctx.options = head[len(head.tensors) :]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, entropy, lse, lse_rest, kept, jacobian = ctx.saved_tensors
+    head = Head(*tensors, *ctx.options)
     dlogps, dentropy, dlse = grads[:3]
     hidden_states, weight, bias, a, b, *_ = ctx.needs_input_grad
-    needs = Needs(hidden_states, weight, bias, a or b)
-    gradients: list[Tensor | None] = [None] * 5
+    gradients: list[Tensor | None] = [None] * len(head.learned)
     if jacobian.numel() and dlogps is not None:
         slope = dlogps[:, None]
-        gradients[0] = torch.where(slope == 0, 0.0, slope * jacobian).to(tensors[0].dtype)
+        gradients[0] = torch.where(slope == 0, 0.0, slope * jacobian).to(head.hidden_states.dtype)
         dlogps = None
     if dlogps is not None or dentropy is not None or dlse is not None:
-        rows = entropy, lse, lse_rest, kept, dlogps, dentropy, dlse
-        others = linear_logps_bwd(*tensors, *ctx.options, *rows, needs)
+        needs = Needs(hidden_states, weight, bias, a or b)
+        others = linear_logps_bwd(*head, entropy, lse, lse_rest, kept, dlogps, dentropy, dlse, needs)
         gradients = [_added(a, b) for a, b in zip(gradients, others, strict=True)]
-    needed = ctx.needs_input_grad[:5]
-    return *(d if n else None for d, n in zip(gradients, needed, strict=True)), *(None,) * 9
+    needed = ctx.needs_input_grad
+    gradients += [None] * (len(needed) - len(gradients))
+    return tuple(d if n else None for d, n in zip(gradients, needed, strict=True))
 
 
 def _added(a: Tensor | None, b: Tensor) -> Tensor:
@@ -148,6 +117,17 @@ def _added(a: Tensor | None, b: Tensor) -> Tensor:
 
 
 register_gradient(linear_logps_fwd, _backward, _setup)
+
+
+def token_logps(head: Head, shape: Sequence[int], keep_bytes: int) -> TokenLogps:
+    """`linear_logps` of arguments that are checked, but for the reference."""
+    keep = 0
+    if any(head.needs) and not head.needs.frozen:
+        # No more memory than there are tokens; products of one shape fill a chunk up.
+        tokens = head.target_ids.numel() + (INVARIANT_TOKENS if Plan(*head.plan).batch_invariant else 0)
+        keep = min(tokens, keep_bytes // (head.weight.shape[0] * result_dtype(head.hidden_states).itemsize))
+    logps, entropy, lse, *_ = linear_logps_fwd(*head, keep, head.needs.frozen)
+    return TokenLogps(logps.view(shape), entropy.view(shape), lse.view(shape))
 
 
 def linear_logps(
@@ -220,49 +200,16 @@ def linear_logps(
     Raises:
         ValueError: a shape, dtype, device, id or option that is not as above.
     """
-    shape = target_ids.shape if isinstance(target_ids, Tensor) else ()
-    head = checked_head(
+    head, arguments = checked_head(
         hidden_states,
         weight,
         target_ids,
         completion_mask,
-        bias,
-        lora_A,
-        lora_B,
-        lora_scaling,
-        temperature,
-        softcap,
-        logit_scale,
-        process_group,
-        vocab_start,
-        chunk_bytes,
-        skip_rows,
-        batch_invariant,
+        Options(bias, lora_A, lora_B, lora_scaling, temperature, softcap, logit_scale, process_group, vocab_start),
+        Execution(chunk_bytes, skip_rows, batch_invariant),
     )
-    if not isinstance(keep_bytes, int) or isinstance(keep_bytes, bool) or keep_bytes < 0:
-        fail("keep_bytes", "an integer from 0", repr(keep_bytes))
+    check_integer("keep_bytes", keep_bytes, "an integer from 0", 0)
     if head.backend == "reference":
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return reference.linear_logps(
-                head.hidden_states.view(hidden_states.shape),
-                head.weight,
-                target_ids,
-                completion_mask,
-                bias=head.bias,
-                lora_A=head.lora_A,
-                lora_B=head.lora_B,
-                lora_scaling=lora_scaling,
-                temperature=temperature,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                process_group=process_group,
-                vocab_start=vocab_start,
-            )
-    needs = head.needs
-    frozen = needs.hidden_states and not (needs.weight or needs.bias or needs.lora)
-    keep = 0
-    if any(needs) and not frozen:  # no more memory than there are tokens; products of one shape fill a chunk up
-        tokens = target_ids.numel() + (INVARIANT_TOKENS if batch_invariant else 0)
-        keep = min(tokens, keep_bytes // (weight.shape[0] * result_dtype(hidden_states).itemsize))
-    logps, entropy, lse, *_ = linear_logps_fwd(*head, keep, frozen)
-    return TokenLogps(logps.view(shape), entropy.view(shape), lse.view(shape))
+            return reference.linear_logps(**arguments)
+    return token_logps(head, target_ids.shape, keep_bytes)

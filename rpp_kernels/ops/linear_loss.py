@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from rpp_kernels import reference
-from rpp_kernels.backends import kernels
-from rpp_kernels.ops import kernel_op
 from rpp_kernels.ops.checks import check_floats, check_shape, describe, fail, flat, result_dtype
 from rpp_kernels.ops.chunks import Chunks, Slopes, Statistics
-from rpp_kernels.ops.head import Head, Needs, checked_head
-from rpp_kernels.ops.linear_logps import gradient_shapes, linear_logps
+from rpp_kernels.ops.head import Execution, Head, Needs, Options, checked_head, head_op
+from rpp_kernels.ops.linear_logps import gradient_shapes, token_logps
 from rpp_kernels.ops.policy_loss import check_advantages, check_clips, check_loss, divided, policy_loss
 from rpp_kernels.reference import LinearLoss, LinearPolicyLoss, PolicyStats
 
@@ -151,23 +149,13 @@ def linear_loss(
 
     Under torch.compile it is a graph break, because `token_loss` is Python; `linear_policy_loss` is not.
     """
-    head = checked_head(
+    head, arguments = checked_head(
         hidden_states,
         weight,
         target_ids,
         completion_mask,
-        bias,
-        lora_A,
-        lora_B,
-        lora_scaling,
-        temperature,
-        softcap,
-        logit_scale,
-        process_group,
-        vocab_start,
-        chunk_bytes,
-        skip_rows,
-        batch_invariant,
+        Options(bias, lora_A, lora_B, lora_scaling, temperature, softcap, logit_scale, process_group, vocab_start),
+        Execution(chunk_bytes, skip_rows, batch_invariant),
     )
     if not callable(token_loss):
         fail("token_loss", "a function of (logps, entropy, rows)", describe(token_loss))
@@ -181,22 +169,7 @@ def linear_loss(
 
     if head.backend == "reference":
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return reference.linear_loss(
-                head.hidden_states.view(hidden_states.shape),
-                head.weight,
-                target_ids,
-                checked_loss,
-                completion_mask,
-                bias=head.bias,
-                lora_A=head.lora_A,
-                lora_B=head.lora_B,
-                lora_scaling=lora_scaling,
-                temperature=temperature,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                process_group=process_group,
-                vocab_start=vocab_start,
-            )
+            return reference.linear_loss(token_loss=checked_loss, **arguments)
     needs, total = head.needs, torch.zeros((), dtype=torch.float64, device=hidden_states.device)
     grad_mode = torch.is_grad_enabled()
 
@@ -227,29 +200,16 @@ def linear_loss(
 # ---------------------------------------------------------------- the policy loss
 
 
-def _policy_shapes(hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    needs = arguments[-1]
-    dtype = result_dtype(hidden_states)
-    per_token = (hidden_states.new_empty(hidden_states.shape[0], dtype=dtype) for _ in range(2))
-    stats = hidden_states.new_empty(len(PolicyStats._fields), dtype=torch.float64)
-    gradients = gradient_shapes((hidden_states, *arguments[:4]), needs)
-    return hidden_states.new_empty((), dtype=dtype), stats, *per_token, *gradients
+def _policy_shapes(head: Head, *arguments: Any) -> tuple[Tensor, ...]:
+    x, dtype = head.hidden_states, result_dtype(head.hidden_states)
+    per_token = (x.new_empty(x.shape[0], dtype=dtype) for _ in range(2))
+    stats = x.new_empty(len(PolicyStats._fields), dtype=torch.float64)
+    return x.new_empty((), dtype=dtype), stats, *per_token, *gradient_shapes(head, arguments[-1])
 
 
-@kernel_op(_policy_shapes)
+@head_op(_policy_shapes)
 def linear_policy_loss_with_gradients(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    target_ids: Tensor,
-    mask: Tensor | None,
-    token_temperature: Tensor | None,
-    numbers: Sequence[float],
-    plan: Sequence[int],
-    group_name: str,
-    backend: str,
+    head: Head,
     old_logps: Tensor | None,
     advantages: Tensor,
     cu_seqlens: Tensor,
@@ -262,58 +222,46 @@ def linear_policy_loss_with_gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats) as policy_loss_fwd, undivided; (logps, entropy); the gradients of the divided loss."""
-    tensors = hidden_states, weight, bias, lora_A, lora_B, target_ids, mask, token_temperature
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        chunks = Chunks(Head(*tensors, numbers, plan, group_name, backend), Needs(*needs))
-        starts, lengths = _of_rows(chunks, cu_seqlens)
-        count = chunks.rows.shape[0] if chunks.mask is None else chunks.mask.sum()
-        if divisor is None:
-            valid = count if token_mean else (_valid_lengths(mask, cu_seqlens) > 0).sum()
-            divisor = torch.as_tensor(valid, dtype=torch.float64, device=hidden_states.device).clamp(min=1)
-        divisor = divisor * divisor_factor
-        weights = None
-        if sequence_mean and not sequence_ratio:  # a chunk may end within a sequence
-            each = _valid_lengths(mask, cu_seqlens).clamp(min=1).double().reciprocal()
-            weights = each.repeat_interleave(lengths, output_size=chunks.rows.shape[0])
+    chunks = Chunks(head, Needs(*needs))
+    valid_lengths = lengths = cu_seqlens.diff()
+    if head.mask is not None:
+        valid_lengths = torch.nn.functional.pad(head.mask.cumsum(0), (1, 0))[cu_seqlens].diff()
+    if chunks.mask is None:  # the rows of the chunks are the valid tokens
+        lengths = valid_lengths
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # of sequences among those rows
+    if divisor is None:
+        divisor = (valid_lengths if token_mean else valid_lengths > 0).sum().clamp(min=1).double()
+    divisor = divisor * divisor_factor
+    weights = None
+    if sequence_mean and not sequence_ratio:  # a chunk may end within a sequence
+        each = valid_lengths.clamp(min=1).double().reciprocal()
+        weights = each.repeat_interleave(lengths, output_size=chunks.rows.shape[0])
 
-        def slopes_of(unit: slice, statistics: Statistics) -> Slopes | None:
-            if not any(needs):
-                return None
-            rows, logps = chunks.rows[unit], statistics.logps
-            if sequence_ratio:
-                inside = (starts >= unit.start) & (starts <= unit.stop)
-                local = starts[inside] - unit.start
-            else:
-                local = torch.tensor([0, rows.shape[0]], device=logps.device)
-            old = logps if old_logps is None else old_logps[rows]
-            valid = None if chunks.mask is None else chunks.mask[rows]
-            per_sequence = sequence_ratio, sequence_ratio and sequence_mean
-            _, slope, _ = chunks.kernels.policy_loss_fwd(
-                logps, old, advantages[rows], False, valid, local, *clips, *per_sequence, False
-            )
-            scaled = slope / divisor if weights is None else slope * (weights[unit] / divisor)
-            return Slopes(scaled.to(slope.dtype))
-
-        units = _whole_sequences(starts, chunks.tokens) if sequence_ratio and any(needs) else chunks.split(chunks.rows)
-        logps, entropy = _over_units(chunks, units, slopes_of)
-        old = logps if old_logps is None else old_logps
-        loss, _, stats = kernels(backend).policy_loss_fwd(
-            logps, old, advantages, False, mask, cu_seqlens, *clips, sequence_ratio, sequence_mean, False
+    def slopes_of(unit: slice, statistics: Statistics) -> Slopes | None:
+        if not any(needs):
+            return None
+        rows, logps = chunks.rows[unit], statistics.logps
+        if sequence_ratio:
+            inside = (starts >= unit.start) & (starts <= unit.stop)
+            local = starts[inside] - unit.start
+        else:
+            local = torch.tensor([0, rows.shape[0]], device=logps.device)
+        old = logps if old_logps is None else old_logps[rows]
+        valid = None if chunks.mask is None else chunks.mask[rows]
+        per_sequence = sequence_ratio, sequence_ratio and sequence_mean
+        _, slope, _ = chunks.kernels.policy_loss_fwd(
+            logps, old, advantages[rows], False, valid, local, *clips, *per_sequence, False
         )
-        return loss, stats, logps, entropy, *chunks.gradients()
+        scaled = slope / divisor if weights is None else slope * (weights[unit] / divisor)
+        return Slopes(scaled.to(slope.dtype))
 
-
-def _valid_lengths(mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:
-    """How many tokens of each sequence count."""
-    if mask is None:
-        return cu_seqlens.diff()
-    return torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens].diff()
-
-
-def _of_rows(chunks: Chunks, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Where sequences start among the rows of `chunks`, and how many of them each has."""
-    lengths = _valid_lengths(chunks.head.mask if chunks.mask is None else None, cu_seqlens)
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), lengths
+    units = _whole_sequences(starts, chunks.tokens) if sequence_ratio and any(needs) else chunks.split(chunks.rows)
+    logps, entropy = _over_units(chunks, units, slopes_of)
+    old = logps if old_logps is None else old_logps
+    loss, _, stats = chunks.kernels.policy_loss_fwd(
+        logps, old, advantages, False, head.mask, cu_seqlens, *clips, sequence_ratio, sequence_mean, False
+    )
+    return loss, stats, logps, entropy, *chunks.gradients()
 
 
 def _whole_sequences(starts: Tensor, most: int) -> list[slice]:
@@ -377,23 +325,13 @@ def linear_policy_loss(
     Raises:
         ValueError: an argument that is not as above.
     """
-    head = checked_head(
+    head, arguments = checked_head(
         hidden_states,
         weight,
         target_ids,
         completion_mask,
-        bias,
-        lora_A,
-        lora_B,
-        lora_scaling,
-        temperature,
-        softcap,
-        logit_scale,
-        process_group,
-        vocab_start,
-        chunk_bytes,
-        skip_rows,
-        batch_invariant,
+        Options(bias, lora_A, lora_B, lora_scaling, temperature, softcap, logit_scale, process_group, vocab_start),
+        Execution(chunk_bytes, skip_rows, batch_invariant),
     )
     if reduction == "none":
         fail("reduction", "a sum or a mean (for each token's loss: linear_logps, then policy_loss)", repr(reduction))
@@ -404,8 +342,6 @@ def linear_policy_loss(
     starts = check_loss("target_ids", like, constants, completion_mask, *divisor, cu_seqlens)
     check_advantages(advantages, like, starts.shape[0] - 1, cu_seqlens)
     clips = check_clips(epsilon_low, epsilon_high, dual_clip, importance_sampling_level, log_ratio_clamp)
-    needs, sequence_ratio = head.needs, importance_sampling_level == "sequence"
-    frozen = needs.hidden_states and not (needs.weight or needs.bias or needs.lora)
     policy: dict[str, Any] = {
         "epsilon_low": epsilon_low,
         "epsilon_high": epsilon_high,
@@ -417,32 +353,12 @@ def linear_policy_loss(
         "max_completion_length": max_completion_length,
         "cu_seqlens": cu_seqlens,
     }
-    linear: dict[str, Any] = {
-        "bias": head.bias,
-        "lora_A": head.lora_A,
-        "lora_B": head.lora_B,
-        "lora_scaling": lora_scaling,
-        "temperature": temperature,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "process_group": process_group,
-        "vocab_start": vocab_start,
-    }
     if head.backend == "reference":
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return reference.linear_policy_loss(
-                head.hidden_states.view(hidden_states.shape),
-                head.weight,
-                target_ids,
-                old_logps,
-                advantages,
-                completion_mask,
-                **policy,
-                **linear,
-            )
-    if sequence_ratio and frozen:
-        linear |= {"chunk_bytes": chunk_bytes, "skip_rows": skip_rows, "batch_invariant": batch_invariant}
-        logps, entropy, _ = linear_logps(hidden_states, weight, target_ids, completion_mask, **linear)
+            return reference.linear_policy_loss(old_logps=old_logps, advantages=advantages, **arguments, **policy)
+    sequence_ratio = importance_sampling_level == "sequence"
+    if sequence_ratio and head.needs.frozen:
+        logps, entropy, _ = token_logps(head, shape, keep_bytes=0)
         old = logps.detach() if old_logps is None else old_logps
         loss, named = policy_loss(logps, old, advantages, completion_mask, **policy)
         return LinearPolicyLoss(loss, named, logps.detach(), entropy.detach())
@@ -463,7 +379,7 @@ def linear_policy_loss(
         clips,
         sequence_ratio,
         reduction == "seq-mean-token-mean",
-        needs,
+        head.needs,
     )
     named = PolicyStats(*stats.unbind())
     loss = _with_gradients(divided(loss, named, *divisor).view(()), head, gradients)
