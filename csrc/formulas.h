@@ -105,6 +105,23 @@ RPP_HD Capped<F> softcapped(F x, Softcap<F> c) {
 // ---- log-probs: with p = softmax(z), z = logits / temperature, logp = log p,
 //      d(logps)/dz_j = [j = y] - p_j,  d(entropy)/dz_j = -p_j (logp_j + entropy),  d(lse)/dz_j = p_j
 
+template <class T>
+struct RowResults {
+  T logps, entropy, lse, lse_rest;  // lse + lse_rest has twice the precision
+};
+
+// From sum = sum_j exp(t_j) and weighted = sum_j t_j exp(t_j), where t_j = (logit_j - max) / temperature.
+template <class T>
+RPP_HD RowResults<T> row_results(double max, double sum, double weighted, double target, double temperature) {
+  const double inverse_temperature = 1 / temperature, log_sum = std::log(sum), top = max * inverse_temperature;
+  // Not the difference of two products, of which one may be fused and the other rounded.
+  const T logps = static_cast<T>((target - max) * inverse_temperature - log_sum);
+  // A row of nothing but -inf is no distribution, though the terms of its sum are there.
+  const T entropy = std::isinf(max) ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(log_sum - weighted / sum);
+  const T lse = static_cast<T>(top + log_sum);
+  return {logps, entropy, lse, static_cast<T>((top - lse) + log_sum)};
+}
+
 template <class F>
 struct RowGradient {
   // logp = (logit - shift) * inverse_temperature - rest, with shift near the largest logits, where the difference is

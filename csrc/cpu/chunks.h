@@ -67,7 +67,6 @@ struct ChunkGradArgs : ChunkArgs<T> {
   ChunkVector* vectors;  // one more than there are, for the end
   LaneIndex<T>* index;
   int64_t num_vectors;
-  bool with_entropy;
   int64_t row_of(int64_t i) const { return rows ? rows[i] : i; }
 };
 

@@ -18,7 +18,8 @@ RPP_HD void for_each_vector(int64_t tokens, const F& f) {
 // f(row, std::integral_constant<int, R>) for all rows, R of them at a time while there are as many.
 template <int R, class F>
 RPP_HD void for_rows(int64_t begin, int64_t end, const F& f) {
-  for (; begin + R <= end; begin += R) f(begin, std::integral_constant<int, R>{});
+  if constexpr (R > 1)
+    for (; begin + R <= end; begin += R) f(begin, std::integral_constant<int, R>{});
   for (; begin < end; ++begin) f(begin, std::integral_constant<int, 1>{});
 }
 
@@ -81,7 +82,7 @@ void sum_part(const ChunkSumArgs<T>& a, int64_t part, int64_t begin, int64_t tok
       store(w + i, V{});
     }
 
-    for_rows<8>(0, rows, [&](int64_t row, auto group) __attribute__((always_inline)) {
+    for_rows<with_softcap ? 2 : 8>(0, rows, [&](int64_t row, auto group) __attribute__((always_inline)) {
       for_each_vector<T>(tokens, [&](int64_t i, auto load_lanes) __attribute__((always_inline)) {
         const V top = load(offset + i), rate = load(inverse_temperature + i);
         V terms = load(s + i), products = load(w + i);
@@ -135,17 +136,14 @@ void chunk_results(const ChunkSumArgs<T>& a, int64_t begin, int64_t end) {  // i
     }
     for (int64_t lane = 0; lane < std::min(lanes<double>, a.logits.tokens - i); ++lane) {
       const int64_t token = i + lane;
-      const double inverse_temperature = 1 / a.temperature_of(token);
-      const double log_sum = std::log(sum[lane]), top = max[lane] * inverse_temperature;
       T target = a.logits.data[a.target_ids[token] * a.logits.ld + token];
       // The largest logit was capped in a vector: a last digit may differ, and no log-prob is above 0.
       if (a.softcap > 0) target = at_most(softcapped(target, softcap_of<T>(a.softcap)).value, T(max[lane]));
-      a.logps[token] = static_cast<T>((target - max[lane]) * inverse_temperature - log_sum);
-      // A row of nothing but -inf is no distribution, though the terms of its sum are there.
-      a.entropy[token] = std::isinf(max[lane]) ? std::numeric_limits<T>::quiet_NaN()
-                                               : static_cast<T>(log_sum - weighted[lane] / sum[lane]);
-      a.lse[token] = static_cast<T>(top + log_sum);
-      a.lse_rest[token] = static_cast<T>((top - a.lse[token]) + log_sum);
+      const auto results = row_results<T>(max[lane], sum[lane], weighted[lane], target, a.temperature_of(token));
+      a.logps[token] = results.logps;
+      a.entropy[token] = results.entropy;
+      a.lse[token] = results.lse;
+      a.lse_rest[token] = results.lse_rest;
     }
   }
 }
@@ -162,18 +160,18 @@ RPP_HD RowGradient<F> gradient_at(const ChunkGradArgs<T>& a, int64_t i) {
   return {field(kShift), field(kRest), field(kInverseTemperature), field(kWeight), field(kEntropyWeight)};
 }
 
-template <bool with_entropy, bool with_softcap, class F>
+// Without a gradient through entropy its weight is 0: the kernel waits for memory, not for one more product.
+template <bool with_softcap, class F>
 RPP_HD F chunk_dlogit(F logit, RowGradient<F> g, Softcap<F> softcap) {
-  if constexpr (!with_softcap) return dlogit<with_entropy>(logit, g);
+  if constexpr (!with_softcap) return dlogit<true>(logit, g);
   const auto z = softcapped(logit, softcap);
-  return dlogit<with_entropy>(z.value, g) * z.slope;
+  return dlogit<true>(z.value, g) * z.slope;
 }
 
 template <class T>
 void chunk_prepare(ChunkGradArgs<T>& a) {
   const auto at = [](const T* p, int64_t token) { return p ? p[token] : T(0); };
   a.num_vectors = 0;
-  a.with_entropy = false;
   for (int64_t i = 0; i < a.count; ++i) {
     const int64_t token = a.row_of(i), source = token / lanes<T> * lanes<T>;
     if (a.rows) {
@@ -194,7 +192,6 @@ void chunk_prepare(ChunkGradArgs<T>& a) {
     out[kWeight * a.stride] = g.weight;
     out[kEntropyWeight * a.stride] = g.entropy_weight;
     out[kWanted * a.stride] = dlogps != 0 || dentropy != 0 || dlse != 0;
-    a.with_entropy = a.with_entropy || dentropy != 0;
     a.targets[i] = a.logits.data[a.target_ids[token] * a.logits.ld + token];  // before an in-place write
   }
   a.vectors[a.num_vectors] = {a.logits.tokens, a.count};
@@ -203,7 +200,7 @@ void chunk_prepare(ChunkGradArgs<T>& a) {
 }
 
 // R rows of the vocabulary, for the wanted tokens [first, first + tokens): x[k * x_ld + i] -> dx[k * dx_ld + i].
-template <bool with_entropy, bool with_softcap, int R, class T>
+template <bool with_softcap, int R, class T>
 RPP_HD void dlogits_rows(const ChunkGradArgs<T>& a, const T* x, int64_t x_ld, int64_t ahead, T* dx, int64_t dx_ld,
                          int64_t first, int64_t tokens) {
   using V = Vector<T>;
@@ -220,7 +217,7 @@ RPP_HD void dlogits_rows(const ChunkGradArgs<T>& a, const T* x, int64_t x_ld, in
       if (apart) __builtin_prefetch(dx + (k + R) * dx_ld + i, 1);
     });
     unrolled<R>([&](int k) __attribute__((always_inline)) {
-      const V d = chunk_dlogit<with_entropy, with_softcap>(logits[k], g, softcap);
+      const V d = chunk_dlogit<with_softcap>(logits[k], g, softcap);
       store_lanes(dx + k * dx_ld + i, nonzero ? d : V{});  // exactly zero, whatever the logits are
     });
   };
@@ -235,17 +232,17 @@ RPP_HD void dlogits_rows(const ChunkGradArgs<T>& a, const T* x, int64_t x_ld, in
         [n](T* p, V v) __attribute__((always_inline)) { store(p, v, n); });
 }
 
-template <bool with_entropy, bool with_softcap, class T>
+template <bool with_softcap, class T>
 void dlogits_block(const ChunkGradArgs<T>& a, int64_t begin, int64_t end) {
   using V = Vector<T>;
-  constexpr int R = 4;
+  constexpr int R = with_softcap ? 1 : 4;  // with softcap it waits for arithmetic
   const int64_t ld = a.logits.ld, dld = a.dlogits_ld;
   if (!a.rows) {
     for (int64_t first = 0; first < a.count; first += kChunkTile)
       for_rows<R>(begin, end, [&](int64_t row, auto group) __attribute__((always_inline)) {
-        dlogits_rows<with_entropy, with_softcap, group>(a, a.logits.data + row * ld + first, ld, R * ld,
-                                                        a.dlogits + row * dld + first, dld, first,
-                                                        std::min(a.count - first, kChunkTile));
+        dlogits_rows<with_softcap, group>(a, a.logits.data + row * ld + first, ld, R * ld,
+                                          a.dlogits + row * dld + first, dld, first,
+                                          std::min(a.count - first, kChunkTile));
       });
     return;
   }
@@ -267,14 +264,13 @@ void dlogits_block(const ChunkGradArgs<T>& a, int64_t begin, int64_t end) {
           store(packed[k] + (to - first), __builtin_shuffle(all, index));  // the next vector overwrites what is idle
         });
       }
-      dlogits_rows<with_entropy, with_softcap, group>(a, packed[0], kChunkTile + lanes<T>, 0,
-                                                      a.dlogits + row * dld + first, dld, first,
-                                                      a.vectors[v1].first - first);
+      dlogits_rows<with_softcap, group>(a, packed[0], kChunkTile + lanes<T>, 0, a.dlogits + row * dld + first, dld,
+                                        first, a.vectors[v1].first - first);
     });
   }
 }
 
-template <bool with_entropy, bool with_softcap, class T>
+template <bool with_softcap, class T>
 void dlogits_targets(const ChunkGradArgs<T>& a) {
   const auto softcap = softcap_of<T>(with_softcap ? a.softcap : 1);
   for (int64_t i = 0; i < a.count; ++i) {
@@ -283,7 +279,7 @@ void dlogits_targets(const ChunkGradArgs<T>& a) {
     const auto g = gradient_at<T>(a, i);
     const auto z = with_softcap ? softcapped(a.targets[i], softcap) : Capped<T>{a.targets[i], 1};
     const T dtarget = (a.dlogps ? a.dlogps[token] : T(0)) * g.inverse_temperature;
-    a.dlogits[a.target_ids[token] * a.dlogits_ld + i] = (dlogit<with_entropy>(z.value, g) + dtarget) * z.slope;
+    a.dlogits[a.target_ids[token] * a.dlogits_ld + i] = (dlogit<true>(z.value, g) + dtarget) * z.slope;
   }
 }
 
@@ -291,15 +287,12 @@ template <class T>
 void chunk_bwd(const ChunkGradArgs<T>& a, int64_t begin, int64_t end) {  // rows of the vocabulary
   for (; begin < end; begin += kChunkBlock) {
     const int64_t stop = std::min(begin + kChunkBlock, end);
-    if (a.softcap > 0)
-      a.with_entropy ? dlogits_block<true, true>(a, begin, stop) : dlogits_block<false, true>(a, begin, stop);
-    else a.with_entropy ? dlogits_block<true, false>(a, begin, stop) : dlogits_block<false, false>(a, begin, stop);
+    a.softcap > 0 ? dlogits_block<true>(a, begin, stop) : dlogits_block<false>(a, begin, stop);
   }
 }
 
 // The targets' own elements, after all of chunk_bwd: in place, another token may have lain there.
 template <class T>
 void chunk_targets(const ChunkGradArgs<T>& a) {
-  if (a.softcap > 0) a.with_entropy ? dlogits_targets<true, true>(a) : dlogits_targets<false, true>(a);
-  else a.with_entropy ? dlogits_targets<true, false>(a) : dlogits_targets<false, false>(a);
+  a.softcap > 0 ? dlogits_targets<true>(a) : dlogits_targets<false>(a);
 }

@@ -90,19 +90,16 @@ void logps_fwd_rows(const LogpsArgs<S>& a, int64_t begin, int64_t end) {
       continue;
     }
     const S* x = a.logits.row(row);
-    const double inverse_temperature = 1 / a.temperature_of(row);
+    const T inverse_temperature = static_cast<T>(1 / a.temperature_of(row));
     RowSum<S> r;
     for (int64_t i = 0; i < a.logits.vocab; i += RowSum<S>::kBlock)
-      r.add_block(x + i, std::min(a.logits.vocab - i, RowSum<S>::kBlock), static_cast<T>(inverse_temperature));
-    const double log_sum = std::log(r.sum), max = r.max * inverse_temperature;
-    // Not the difference of two products, of which one may be fused and the other rounded.
-    const double below_max = to_double(x[a.target_ids[row]]) - double(r.max);
-    a.logps[row] = static_cast<T>(below_max * inverse_temperature - log_sum);
-    // A row of nothing but -inf is no distribution, though the terms of its sum are there.
-    a.entropy[row] =
-        std::isinf(r.max) ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(log_sum - r.weighted / r.sum);
-    a.lse[row] = static_cast<T>(max + log_sum);
-    a.lse_rest[row] = static_cast<T>((max - a.lse[row]) + log_sum);
+      r.add_block(x + i, std::min(a.logits.vocab - i, RowSum<S>::kBlock), inverse_temperature);
+    const auto results =
+        row_results<T>(r.max, r.sum, r.weighted, to_double(x[a.target_ids[row]]), a.temperature_of(row));
+    a.logps[row] = results.logps;
+    a.entropy[row] = results.entropy;
+    a.lse[row] = results.lse;
+    a.lse_rest[row] = results.lse_rest;
   }
 }
 
