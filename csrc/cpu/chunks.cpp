@@ -104,7 +104,6 @@ void backward(const Tensor& dlogits, const Tensor& logits, const MaybeTensor& ro
   STD_TORCH_CHECK(in_place || apart, "dlogits: want memory of its own, or that of the logits with the same ld");
   a.dlogits = const_cast<T*>(out.data);
   a.dlogits_ld = out.ld;
-  if (!in_place) use_huge_pages(dlogits);
 
   a.stride = with_room(a.count) + kChunkRoom;  // a tile of packed tokens begins anywhere
   const auto gradients = std::make_unique_for_overwrite<T[]>(kChunkFields * a.stride);

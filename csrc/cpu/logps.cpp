@@ -117,7 +117,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logps_fwd(Tensor logits, Tensor targe
 void logps_bwd_out(Tensor dlogits, Tensor logits, Tensor target_ids, MaybeTensor mask, double temperature,
                    MaybeTensor token_temperature, Tensor entropy, Tensor lse, Tensor lse_rest, MaybeTensor dlogps,
                    MaybeTensor dentropy, MaybeTensor dlse) {
-  if (dlogits.data_ptr() != logits.data_ptr()) use_huge_pages(dlogits);
   for_storage_type(logits, [&]<class S>(S*) {
     backward<S>(dlogits, logits, target_ids, mask, temperature, token_temperature, entropy, lse, lse_rest, dlogps,
                 dentropy, dlse);

@@ -16,9 +16,10 @@ from rpp_kernels.ops.head import Head, Needs, Numbers, Plan
 
 # ---------------------------------------------------------------- sizes of chunks
 
-# On CPU the gradient takes the place of the logits. Its products want hundreds of tokens (docs/performance.md), and
-# where the vocabulary is small, enough work to pay for the calls.
-_CPU_TOKENS, _CPU_LEAST_BYTES, _CPU_MOST_BYTES = 512, 16 << 20, 256 << 20
+# On CPU the gradient takes the place of the logits. The weight's gradient is a sum over tokens, which MKL makes in
+# blocks of 384, reading and writing the gradient for each. Where the vocabulary is small, there is enough work to pay
+# for the calls.
+_CPU_TOKENS, _CPU_LEAST_BYTES, _CPU_MOST_BYTES = 384, 16 << 20, 256 << 20
 INVARIANT_TOKENS = 256  # at most, where all products have one shape
 # Elsewhere a chunk of float32 logits feeds a row kernel, and a chunk of gradients, in the operands' dtype and several
 # times as many tokens, feeds the products. Modelled, not measured.

@@ -184,7 +184,7 @@ def linear_logps(
             the same loss. The gradients of hidden_states and lora_A are all-reduced: every rank gets the whole ones,
             which nobody must sum again.
         vocab_start: with process_group, the id of the first row of this rank's weight.
-        chunk_bytes: how much memory chunks of logits and of their gradients may take. By default on CPU 512 tokens'
+        chunk_bytes: how much memory chunks of logits and of their gradients may take. By default on CPU 384 tokens'
             worth, but no less than 16 MiB and no more than 256.
         keep_bytes: how much memory may hold logits from forward to backward, for those not to be made again.
         skip_rows: False projects every token and multiplies every gradient. On an accelerator, skipping waits for the

@@ -219,7 +219,7 @@ def test_strided_inputs_give_what_contiguous_ones_give(call, view, dtype, backen
         strided.tensors["weight"] = batch.tensors["weight"].T.contiguous().T
         eps = torch.finfo(dtype).eps
         for other in got, run_call(call, strided):
-            assert_close(other, want, rtol=8 * eps, atol=8 * eps)
+            assert_close(other, want, rtol=32 * eps, atol=32 * eps)
 
 
 @every_call

@@ -854,6 +854,19 @@ def test_entropy_through_a_frozen_head_makes_the_logits_again(field, tokens_mult
     assert tokens_multiplied == {"logits": 2 * n, "hidden_states": 2 * n}
 
 
+# ---------------------------------------------------------------- half operands
+
+
+@pytest.mark.parametrize("vocab", [1000, 32000, 151936])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_log_probs_of_half_operands_are_a_hundred_times_closer_than_those_of_half_logits(vocab, scale, device):
+    x = plain(64, vocab, 256, scale=scale, dtype=torch.bfloat16, device=device) | {"completion_mask": None}
+    exact = linear_logps(reference, {k: y.double() if k in LEARNED else y for k, y in x.items()}).logps
+    rounded = rpp.logps_from_logits(x["hidden_states"] @ x["weight"].T + x["bias"], x["target_ids"]).logps
+    ours, theirs = ((y.double() - exact).abs().max() for y in (linear_logps(rpp, x).logps, rounded))
+    assert 100 * ours < theirs, f"{ours:.1e} against {theirs:.1e}"
+
+
 # ---------------------------------------------------------------- the same bits
 
 

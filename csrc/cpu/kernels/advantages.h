@@ -6,27 +6,27 @@
 template <class T>
 RPP_HD Moments block_moments(const T* x, const bool* mask, int64_t n) {
   using V = Vector<T>;
-  V sum{}, count{};
-  for_each_vector<T>(0, n, [&](int64_t i, int64_t k) {
+  LaneSums<T, 2> sum;
+  sum.walk(0, n, [&](int64_t i, int64_t k) {
     const auto valid = token_mask<T>(mask, i, k);
-    sum += valid ? load_tokens(x, i, k) : V{};
-    count += valid ? num<V>(1) : V{};
+    sum.lane[0] += valid ? load_tokens(x, i, k) : V{};
+    sum.lane[1] += valid ? num<V>(1) : V{};
   });
   Moments m;
-  m.count = horizontal_sum(count);
+  m.count = sum.total[1];
   if (m.count == 0) return m;
-  m.mean = horizontal_sum(sum) / m.count;
+  m.mean = sum.total[0] / m.count;
   // The mean is rounded to T below; `rest` puts back what that lost.
   const V mean = V{} + static_cast<T>(m.mean);
-  V squares{}, rest{};
-  for_each_vector<T>(0, n, [&](int64_t i, int64_t k) {
+  LaneSums<T, 2> rest;
+  rest.walk(0, n, [&](int64_t i, int64_t k) {
     const V deviation = token_mask<T>(mask, i, k) ? load_tokens(x, i, k) - mean : V{};
-    squares += deviation * deviation;
-    rest += deviation;
+    rest.lane[0] += deviation;
+    rest.lane[1] += deviation * deviation;
   });
-  const double residual = horizontal_sum(rest);
+  const double residual = rest.total[0];
   m.mean = static_cast<T>(m.mean) + residual / m.count;
-  m.squares = horizontal_sum(squares) - residual * residual / m.count;
+  m.squares = rest.total[1] - residual * residual / m.count;
   return m;
 }
 
@@ -42,17 +42,18 @@ template <class T>
 void products_blocks(const ProductsArgs<T>& a, int64_t begin, int64_t end) {
   using V = Vector<T>;
   for (int64_t block = begin; block < end; ++block) {
-    V sum{}, products{}, count{};
+    LaneSums<T, 3> sum;
     const int64_t start = block * kMomentsBlock;
-    for_each_vector<T>(start, std::min(start + kMomentsBlock, a.size), [&](int64_t i, int64_t n) {
+    sum.walk(start, std::min(start + kMomentsBlock, a.size), [&](int64_t i, int64_t n) {
       const auto valid = token_mask<T>(a.mask, i, n);
       const V dout = valid ? load_tokens(a.dout, i, n) : V{};
-      sum += dout;
-      products += valid ? dout * (load_tokens(a.values, i, n) - a.shift) : V{};
-      count += valid ? num<V>(1) : V{};
+      const V deviation = valid ? load_tokens(a.values, i, n) - a.shift : V{};
+      sum.lane[0] += valid ? num<V>(1) : V{};
+      sum.lane[1] += dout;
+      sum.lane[2] += dout * deviation;
     });
-    const double c = horizontal_sum(count);
-    a.blocks[block] = {c, c > 0 ? horizontal_sum(sum) / c : 0, horizontal_sum(products)};
+    const auto [count, total, products] = sum.total;
+    a.blocks[block] = {count, count > 0 ? total / count : 0, products};
   }
 }
 

@@ -9,29 +9,6 @@ RPP_HD int64_t count_valid(const bool* mask, int64_t begin, int64_t end) {
   return count;
 }
 
-// Sums in lanes of T over at most kBlock tokens, then in double: counts stay exact and long sums keep their digits.
-template <class T, int K>
-struct LaneSums {
-  static constexpr int64_t kBlock = 1024;
-  Vector<T> lane[K] = {};
-  double total[K] = {};
-
-  RPP_HD void flush() {
-    for (int k = 0; k < K; ++k) {
-      total[k] += horizontal_sum(lane[k]);
-      lane[k] = Vector<T>{};
-    }
-  }
-
-  template <class F>
-  RPP_HD void walk(int64_t begin, int64_t end, const F& f) {  // f as in for_each_vector
-    for (int64_t start = begin; start < end; start += kBlock) {
-      for_each_vector<T>(start, std::min(start + kBlock, end), f);
-      flush();
-    }
-  }
-};
-
 template <class T>
 RPP_HD T mean_log_ratio(const PolicyArgs<T>& a, int64_t begin, int64_t end, int64_t valid) {
   LaneSums<T, 1> sum;

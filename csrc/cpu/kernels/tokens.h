@@ -23,3 +23,26 @@ template <class T>
 RPP_HD Mask<Vector<T>> token_mask(const bool* mask, int64_t i, int64_t n) {
   return load_mask<Vector<T>>(mask ? mask + i : nullptr, n);
 }
+
+// Sums in lanes of T over at most kBlock tokens, then in double: counts stay exact and long sums keep their digits.
+template <class T, int K>
+struct LaneSums {
+  static constexpr int64_t kBlock = 64 * lanes<T>;
+  Vector<T> lane[K] = {};
+  double total[K] = {};
+
+  RPP_HD void flush() {
+    for (int k = 0; k < K; ++k) {
+      total[k] += horizontal_sum(lane[k]);
+      lane[k] = Vector<T>{};
+    }
+  }
+
+  template <class F>
+  RPP_HD void walk(int64_t begin, int64_t end, const F& f) {  // f as in for_each_vector
+    for (int64_t start = begin; start < end; start += kBlock) {
+      for_each_vector<T>(start, std::min(start + kBlock, end), f);
+      flush();
+    }
+  }
+};
