@@ -126,12 +126,13 @@ def cpu_has(isa):
     return set(needed[isa]) <= set(flags)
 
 
-# Rows of every width, and tokens with holes among them, in every dtype.
+# Rows of every width and long ones, chunks, long sums, and tokens with holes among them, in every dtype.
 PARITY = """
 import sys, pytest, torch, rpp_kernels
 print(torch.ops.rpp_kernels_C.cpu_capability(), flush=True)
-files = [f"tests/ops/test_{name}.py" for name in ("logps", "every_op", "exponential")]
-wanted = "native and (every_width_of_row or two_ulp_at_the_edges or packed and gradient_are_those_of_the_spec)"
+files = [f"tests/ops/test_{name}.py" for name in ("logps", "chunks", "every_op", "exponential", "advantages")]
+of_ops = "packed and gradient_are_those_of_the_spec or long_sequences or far_from_0 or mask_of_ones"
+wanted = f"not reference and (width_of_row or left_out_have_no_column or two_ulp_at_the_edges or {of_ops})"
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", "-k", wanted, *files]))
 """
 
