@@ -663,7 +663,8 @@ def _reduced(
     local_count = mask.sum() if reduction == "token-mean" else mask.any(1).sum()
     if reduction == "seq-mean-token-mean":
         loss = loss.sum(1) / mask.sum(1).clamp(min=1)
-    divisor = local_count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    count = local_count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    divisor = torch.as_tensor(count, dtype=torch.float64, device=loss.device)
     if reduction == "seq-mean-token-sum-norm":
         assert max_completion_length is not None
         divisor = divisor * max_completion_length

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rpp_kernels.backends import native
 
@@ -56,11 +57,10 @@ def backend_of(x: Tensor) -> str:
         reason = why_not(_forced, device)
         if reason:
             raise RuntimeError(f"backend {_forced!r} was asked for and cannot run: {reason}")
-        return _forced
-    for name in served:
-        if not why_not(name, device):
-            return name
-    raise AssertionError("the reference runs everywhere")
+    chosen = _forced or next(name for name in served if not why_not(name, device))  # the reference runs everywhere
+    if chosen != "reference" and forward_ad._current_level >= 0:  # PyTorch would take the tangent of a kernel for zero
+        raise RuntimeError("rpp_kernels has no forward-mode derivatives; use_backend('reference') has")
+    return chosen
 
 
 def why_not(name: str, device: str) -> str | None:

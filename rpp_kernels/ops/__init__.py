@@ -26,13 +26,13 @@ def kernel_op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
         torch.library.register_fake(f"rpp_kernels::{name}", fake, lib=_LIBRARY)
         op: Callable[..., Any] = getattr(torch.ops.rpp_kernels, name).default
         if name.endswith("_bwd"):  # without a formula of its own, PyTorch would take its gradient for zero
-            register_gradient(op, _no_second_derivative, lambda ctx, inputs, output: None)
+            register_gradient(op, no_second_derivative, lambda ctx, inputs, output: None)
         return op
 
     return register
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+def no_second_derivative(*_: Any) -> None:
     raise RuntimeError("rpp_kernels has no second derivatives; use_backend('reference') has")
 
 

@@ -114,10 +114,10 @@ def check_temperature(temperature: float | Tensor, mask: Tensor | None, shape: S
     check_constant("temperature", temperature)
     if may_read(temperature) and temperature.numel():
         used = temperature if mask is None else torch.where(mask, temperature, 1.0)
-        if not bool((used > 0).all()):
-            fail(
-                "temperature", "positive numbers wherever completion_mask is true", f"a smallest of {float(used.min())}"
-            )
+        low, high = used.aminmax()
+        if not (low > 0 and high < float("inf")):
+            wanted = "positive finite numbers wherever completion_mask is true"
+            fail("temperature", wanted, f"numbers from {float(low)} to {float(high)}")
 
 
 def may_read(x: Tensor) -> bool:

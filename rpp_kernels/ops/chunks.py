@@ -27,13 +27,13 @@ _BYTES, _LOGITS_IN_GRADIENTS = 2 << 30, 4
 
 
 def chunk_tokens(
-    device: torch.device, dtype: torch.dtype, operands: torch.dtype, V: int, plan: Plan
+    device: torch.device, dtype: torch.dtype, operands: torch.dtype, V: int, H: int, plan: Plan
 ) -> tuple[int, int]:
     """How many tokens have logits at a time, and how many are multiplied together backward."""
     row = V * dtype.itemsize
     if device.type == "cpu":
-        default = min(max(_CPU_TOKENS * row, _CPU_LEAST_BYTES), _CPU_MOST_BYTES)
-        tokens = max(1, (plan.chunk_bytes or default) // row)
+        default = max(_CPU_TOKENS, _CPU_LEAST_BYTES // (row + 2 * H * dtype.itemsize))
+        tokens = max(1, (plan.chunk_bytes or min(default * row, _CPU_MOST_BYTES)) // row)
         tokens = min(tokens, INVARIANT_TOKENS) if plan.batch_invariant else tokens
         return tokens, tokens
     tokens = max(1, (plan.chunk_bytes or _BYTES) // (row + _LOGITS_IN_GRADIENTS * V * operands.itemsize))
@@ -103,8 +103,8 @@ class Chunks:
         self.weight = head.weight.to(self.operands)
         self.bias, self.lora_A, self.lora_B = (None if p is None else p.to(self.operands) for p in head.learned[2:])
         self.vocab = self.weight.shape[0]
-        widest = self._widest_shard()
-        self.tokens, self.gradient_tokens = chunk_tokens(x.device, self.dtype, self.operands, widest, self.plan)
+        sizes = self._widest_shard(), x.shape[1]
+        self.tokens, self.gradient_tokens = chunk_tokens(x.device, self.dtype, self.operands, *sizes, self.plan)
         self.in_place = self.tokens == self.gradient_tokens and self.operands == self.dtype
         if head.mask is not None and self.plan.skip_rows:
             self.rows, self.mask = head.mask.nonzero().squeeze(1), None
@@ -113,7 +113,7 @@ class Chunks:
         self._logits = self._dlogits = x.new_empty(0)  # flat
         self._waiting: list[tuple[Tensor, Tensor]] = []  # rows and dlogits that are to be multiplied
         # Summed over shards, or multiplied later, it must not be rounded now.
-        wide = wide_dhidden or self.group is not None
+        wide = wide_dhidden or self.group is not None or x.dtype == torch.float16
         self.dhidden = x.new_zeros(x.shape if needs.hidden_states else 0, dtype=self.dtype if wide else x.dtype)
         self.dweight = x.new_empty(self.weight.shape if needs.weight else 0, dtype=self.dtype)
         self.dbias, self.dlora_A, self.dlora_B = (
@@ -279,6 +279,12 @@ class Chunks:
         a, b, c, d, e = (total if p is None else total.to(p.dtype) for total, p in pairs)
         return a, b, c, d, e
 
+    def unscaled_gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The same for a loss that is yet to be scaled."""
+        pairs = zip(self.sums(), self.head.learned, strict=True)
+        a, b, c, d, e = (total if p is None else total.to(unscaled_dtype(p)) for total, p in pairs)
+        return a, b, c, d, e
+
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The same before they are rounded."""
         self._multiply_waiting()
@@ -329,6 +335,11 @@ class Chunks:
         if self.needs.hidden_states:
             self.dhidden.index_copy_(0, rows, dx.to(self.dhidden.dtype))
         self._begun = True
+
+
+def unscaled_dtype(x: Tensor) -> torch.dtype:
+    """Of a gradient that a loss scale is yet to bring into the range of float16."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def multiply(

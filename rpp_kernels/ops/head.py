@@ -153,30 +153,39 @@ def checked_head(
     chunk_bytes, skip_rows, batch_invariant = execution
     tensors = {"hidden_states": hidden_states, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
     for name, x in tensors.items():
-        _check_plain(name, x)
+        if x is not None or name in ("hidden_states", "weight"):
+            _check_plain(name, x)
     hidden_states, weight, bias, lora_A, lora_B = _autocast(hidden_states, weight, bias, lora_A, lora_B)
     check_floats("hidden_states", hidden_states, (2, 3))
     H = hidden_states.shape[-1]
+    if H == 0:
+        fail("hidden_states", "at least one feature, the last dimension", describe(hidden_states))
     _check_matrix("weight", weight, hidden_states, f"(V, {H}), the last dimension of hidden_states", columns=H)
     V = weight.shape[0]
+    _check_dtype("weight", weight, hidden_states.dtype)
     if bias is not None:
         check_floats("bias", bias, (1,), like=hidden_states)
         check_shape("bias", bias, (V,), "of one for each row of weight")
+        _check_dtype("bias", bias, hidden_states.dtype, torch.float32)
     if (lora_A is None) != (lora_B is None):
         fail("lora_A" if lora_A is None else "lora_B", "a tensor, as the other one of the pair is given", None)
     if lora_A is not None and lora_B is not None:
         _check_matrix("lora_A", lora_A, hidden_states, f"(rank, {H}), the last dimension of hidden_states", columns=H)
         R = lora_A.shape[0]
         _check_matrix("lora_B", lora_B, hidden_states, f"({V}, {R}), the rows of weight and of lora_A", V, R)
+        _check_dtype("lora_A", lora_A, hidden_states.dtype, torch.float32)
+        _check_dtype("lora_B", lora_B, hidden_states.dtype, torch.float32)
     check_number("lora_scaling", lora_scaling, "a finite number", *_FINITE)
     if lora_A is None and lora_scaling != 1:
         fail("lora_scaling", "1 without lora_A and lora_B, which it would scale", lora_scaling)
     check_number("logit_scale", logit_scale, "a finite number", *_FINITE)
     if softcap is not None:
-        check_number("softcap", softcap, "a positive finite number, or None", 0, _FINITE[1], open_low=True)
+        check_number("softcap", softcap, "a number from 1e-30 to 1e30, or None", 1e-30, 1e30)
     shape = hidden_states.shape[:-1]
     check_mask(completion_mask, "the tokens of hidden_states", shape, hidden_states)
     if process_group is not None:
+        if not hasattr(process_group, "group_name"):
+            fail("process_group", "a torch.distributed.ProcessGroup that this process is in", repr(process_group))
         check_integer("vocab_start", vocab_start, "the id of this shard's first row, beside process_group", 0)
     elif vocab_start is not None:
         fail("vocab_start", "None without a process_group", vocab_start)
@@ -214,15 +223,17 @@ _FINITE = (-3e38, 3e38)
 
 def _check_plain(name: str, x: Any) -> None:
     """Refuses what is not there as a whole: shards of FSDP, ZeRO-3 and tensor parallelism, tensors in disguise."""
+    if not isinstance(x, Tensor):
+        fail(name, "a float32, float64, bfloat16 or float16 tensor", describe(x))
     if type(x).__name__ == "DTensor":
         wanted = (
             "a plain tensor: call this inside the forward of the module that fully_shard wraps, where parameters are "
             "whole, or pass .full_tensor()"
         )
         fail(name, wanted, f"a DTensor of shape {tuple(x.shape)}")
-    if isinstance(x, Tensor) and type(x) is not Tensor and not isinstance(x, torch.nn.Parameter):
+    if type(x) is not Tensor and not isinstance(x, torch.nn.Parameter):
         fail(name, "a plain tensor", type(x).__name__)
-    if isinstance(x, Tensor) and x.numel() == 0 and name != "hidden_states":
+    if x.numel() == 0 and name != "hidden_states":
         wanted = (
             "the whole parameter: sharded by FSDP or ZeRO-3 it is empty outside the forward of its module, so call "
             "this inside, or gather it (FSDP: summon_full_params; ZeRO-3: deepspeed.zero.GatheredParameters)"
@@ -236,14 +247,18 @@ def _check_matrix(
     check_floats(name, x, (1, 2), like=hidden_states)
     if x.dim() != 2 or x.shape[1] != columns or (rows is not None and x.shape[0] != rows):
         fail(name, wanted, describe(x))
-    if x.dtype != hidden_states.dtype:
-        fail(name, f"the dtype of hidden_states, {hidden_states.dtype}", describe(x))
+
+
+def _check_dtype(name: str, x: Tensor, of_hidden_states: torch.dtype, *others: torch.dtype) -> None:
+    if x.dtype not in (of_hidden_states, *others):
+        wanted = " or ".join([f"the dtype of hidden_states, {of_hidden_states}", *map(str, others)])
+        fail(name, wanted, describe(x))
 
 
 def _autocast(*tensors: Any) -> Any:
     """Under autocast the operands of a linear layer have its dtype, and so have ours."""
-    device = next(x.device.type for x in tensors if isinstance(x, Tensor))
-    if not torch.is_autocast_enabled(device):
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [

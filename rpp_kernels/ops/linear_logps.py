@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rpp_kernels import reference
-from rpp_kernels.ops import register_gradient
+from rpp_kernels.ops import kernel_op, register_gradient
 from rpp_kernels.ops.checks import check_integer, result_dtype
 from rpp_kernels.ops.chunks import INVARIANT_TOKENS, Chunks, Slopes, Statistics
 from rpp_kernels.ops.head import Execution, Head, Needs, Options, Plan, checked_head, head_op
@@ -54,7 +54,7 @@ def gradient_shapes(head: Head, needs: Sequence[bool]) -> list[Tensor]:
     """Like each of hidden states, weight, bias, lora_A and lora_B; empty where there is no gradient."""
     hidden_states, weight, bias, lora = needs
     return [
-        head.hidden_states.new_empty(p.shape if p is not None and needed else 0)
+        head.weight.new_empty(0) if p is None else p.new_empty(p.shape if needed else 0)
         for p, needed in zip(head.learned, (hidden_states, weight, bias, lora, lora), strict=True)
     ]
 
@@ -72,7 +72,8 @@ def linear_logps_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """From the logits that were kept, and those of the other tokens made again; empty where not needed."""
-    statistics, slopes = Statistics(lse, entropy, lse, lse_rest), Slopes(dlogps, dentropy, dlse)
+    slopes = Slopes(dlogps, dentropy, dlse)
+    statistics = Statistics(torch.empty_like(lse), entropy, lse, lse_rest)  # a gradient asks for no log-probs
     chunks = Chunks(head, Needs(*needs))
     first = 0
     for part in chunks.split(chunks.rows):
@@ -86,6 +87,13 @@ def linear_logps_bwd(
     return chunks.gradients()
 
 
+@kernel_op(lambda jacobian, dlogps, hidden_states: torch.empty_like(hidden_states))
+def linear_logps_frozen_bwd(jacobian: Tensor, dlogps: Tensor, hidden_states: Tensor) -> Tensor:
+    """The gradient of hidden states from that of log-probs: nothing of the head is needed again."""
+    slope = dlogps[:, None]
+    return torch.where(slope == 0, 0.0, slope * jacobian).to(hidden_states.dtype)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     head = Head(*inputs[: len(Head._fields)])
     ctx.save_for_backward(*head.tensors, *output[1:])
@@ -97,23 +105,18 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, entropy, lse, lse_rest, kept, jacobian = ctx.saved_tensors
     head = Head(*tensors, *ctx.options)
     dlogps, dentropy, dlse = grads[:3]
-    hidden_states, weight, bias, a, b, *_ = ctx.needs_input_grad
+    hidden_states, weight, bias, lora_A, lora_B, *_ = ctx.needs_input_grad
     gradients: list[Tensor | None] = [None] * len(head.learned)
     if jacobian.numel() and dlogps is not None:
-        slope = dlogps[:, None]
-        gradients[0] = torch.where(slope == 0, 0.0, slope * jacobian).to(head.hidden_states.dtype)
+        gradients[0] = linear_logps_frozen_bwd(jacobian, dlogps, head.hidden_states)
         dlogps = None
     if dlogps is not None or dentropy is not None or dlse is not None:
-        needs = Needs(hidden_states, weight, bias, a or b)
-        others = linear_logps_bwd(*head, entropy, lse, lse_rest, kept, dlogps, dentropy, dlse, needs)
-        gradients = [_added(a, b) for a, b in zip(gradients, others, strict=True)]
+        needs = Needs(hidden_states, weight, bias, lora_A or lora_B)
+        more = linear_logps_bwd(*head, entropy, lse, lse_rest, kept, dlogps, dentropy, dlse, needs)
+        gradients = [b if a is None else a + b for a, b in zip(gradients, more, strict=True)]
     needed = ctx.needs_input_grad
     gradients += [None] * (len(needed) - len(gradients))
     return tuple(d if n else None for d, n in zip(gradients, needed, strict=True))
-
-
-def _added(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
 
 
 register_gradient(linear_logps_fwd, _backward, _setup)
@@ -155,9 +158,10 @@ def linear_logps(
         s = logit_scale * (h W^T + bias + lora_scaling * (h A^T) B^T)     logits = softcap * tanh(s / softcap), or s
 
     The logits of one chunk of tokens exist at a time, in float32 (float64) whatever the dtype of the operands. Memory
-    beside inputs, results and gradients is one chunk, however many tokens there are, and on CPU a float32 copy of a
-    half weight. The cost in matrix products, of which one is 2 T V H flops, with m the share of tokens under the mask
-    and a the share that has a gradient at all (every token that is neither is left out, which changes no result):
+    beside inputs, results and gradients is one chunk, however many tokens there are; of half parameters also float32
+    sums of their gradients, and on CPU a float32 copy. The cost in matrix products, of which one is 2 T V H flops, with
+    m the share of tokens under the mask and a the share that has a gradient at all (every token that is neither is left
+    out, which changes no result):
 
         no gradient wanted                                      m
         weight, or hidden states through entropy as well        m + 3 a, the logits being made again
@@ -173,10 +177,10 @@ def linear_logps(
         weight: of the head (`lm_head.weight`), whole: an empty or sharded one is refused. Under autocast, operands are
             cast to its dtype, as those of a linear layer are.
         target_ids, completion_mask, temperature: as in `logps_from_logits`.
-        bias: of the head.
+        bias: of the head. It and the LoRA have the dtype of hidden_states or are float32.
         lora_A, lora_B, lora_scaling: a low-rank addition to the head: the two weights of a LoRA on it and its scaling,
             without dropout. Both are differentiable.
-        softcap: bounds logits, before the temperature (`final_logit_softcapping` of Gemma 2).
+        softcap: bounds logits, before the temperature (`final_logit_softcapping` of Gemma 2); from 1e-30 to 1e30.
         logit_scale: multiplies logits, before softcap and temperature (`logit_scale` of Cohere, 1 / `logits_scaling`
             of Granite).
         process_group: over which the vocabulary is sharded. Each rank passes its rows of weight, bias and lora_B, and
@@ -185,8 +189,9 @@ def linear_logps(
             which nobody must sum again.
         vocab_start: with process_group, the id of the first row of this rank's weight.
         chunk_bytes: how much memory chunks of logits and of their gradients may take. By default on CPU 384 tokens'
-            worth, but no less than 16 MiB and no more than 256.
-        keep_bytes: how much memory may hold logits from forward to backward, for those not to be made again.
+            worth, at most 256 MiB, or more tokens where logits and two copies of their hidden states stay in 16 MiB.
+        keep_bytes: how much memory may hold logits from forward to backward, for those not to be made again. None is
+            used with a frozen head.
         skip_rows: False projects every token and multiplies every gradient. On an accelerator, skipping waits for the
             device: the number of rows decides the shape of a product.
         batch_invariant: True gives a token the same bits in whatever batch it comes: products have one shape, for which

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from rpp_kernels import reference
+from rpp_kernels.ops import no_second_derivative
 from rpp_kernels.ops.checks import check_floats, check_shape, describe, fail, flat, result_dtype
-from rpp_kernels.ops.chunks import Chunks, Slopes, Statistics
+from rpp_kernels.ops.chunks import Chunks, Slopes, Statistics, unscaled_dtype
 from rpp_kernels.ops.head import Execution, Head, Needs, Options, checked_head, head_op
 from rpp_kernels.ops.linear_logps import gradient_shapes, token_logps
 from rpp_kernels.ops.policy_loss import check_advantages, check_clips, check_loss, divided, policy_loss
@@ -51,20 +52,25 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *learned_and_gradients: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*learned_and_gradients[5:])
+        count = len(learned_and_gradients) // 2
+        ctx.dtypes = [None if x is None else x.dtype for x in learned_and_gradients[:count]]
+        ctx.save_for_backward(*learned_and_gradients[count:])
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:6]
-        gradients = (_scaled(x, dloss) if need else None for x, need in zip(ctx.saved_tensors, needed, strict=True))
-        return None, *gradients, *(None,) * 5
+        if torch.is_grad_enabled():  # the loss knows its gradient as a constant
+            no_second_derivative()
+        needed = ctx.needs_input_grad[1 : 1 + len(ctx.dtypes)]
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
+        scaled = (_scaled(x, dloss).to(dtype) if need else None for x, dtype, need in gradients)
+        return None, *scaled, *(None,) * len(ctx.dtypes)
 
 
 def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
     """A copy of the weight's gradient is as large as the weight: none is made that nobody else needs."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    batched = torch._C._functorch.is_batchedtensor(dloss)
+    if batched or torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * dloss
     if dloss.device.type == "cpu" and bool(dloss == 1):
         return gradient
@@ -74,7 +80,7 @@ def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
 def _with_gradients(loss: Tensor, head: Head, gradients: Sequence[Tensor]) -> Tensor:
     if not any(head.needs):
         return loss
-    result: Tensor = _WithGradients.apply(loss, *head.learned, *gradients)  # type: ignore[no-untyped-call]
+    result: Tensor = _WithGradients.apply(loss.detach(), *head.learned, *gradients)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -86,8 +92,10 @@ def _detached(head: Head) -> Head:
 
 
 def _captured(loss: Tensor, own: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The leaves that a loss depends on, beside `own`."""
-    waiting, seen = [loss.grad_fn], set()
+    """The leaves that a loss depends on, beside `own` and what those depend on."""
+    if loss.is_leaf and loss.requires_grad and not any(loss is x for x in own):
+        yield loss
+    waiting, seen = [loss.grad_fn], {x.grad_fn for x in own}
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -165,6 +173,8 @@ def linear_loss(
         loss = token_loss(logps, entropy, rows)
         check_floats("token_loss(...)", loss, (0, 1), like=logps)
         check_shape("token_loss(...)", loss, logps.shape, "of one loss for each token")
+        for other in _captured(loss, (logps, entropy)):
+            fail("token_loss", "logps and entropy as all that requires grad", f"{describe(other)} beside them")
         return loss
 
     if head.backend == "reference":
@@ -184,15 +194,13 @@ def linear_loss(
         total.add_(loss.detach().sum(dtype=torch.float64))
         if not loss.requires_grad:
             return None
-        for other in _captured(loss, own):
-            fail("token_loss", "logps and entropy as all that requires grad", f"{describe(other)} beside them")
         dlogps, dentropy = torch.autograd.grad(loss, own, torch.ones_like(loss), allow_unused=True)
         return Slopes(dlogps, dentropy)
 
     with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
         chunks = Chunks(_detached(head), needs)
         logps, entropy = _over_units(chunks, chunks.split(chunks.rows), slopes_of)
-        gradients = chunks.gradients()
+        gradients = chunks.unscaled_gradients()
     loss = _with_gradients(total.to(chunks.dtype), head, gradients)
     return LinearLoss(loss, logps.view(shape), entropy.view(shape))
 
@@ -204,7 +212,8 @@ def _policy_shapes(head: Head, *arguments: Any) -> tuple[Tensor, ...]:
     x, dtype = head.hidden_states, result_dtype(head.hidden_states)
     per_token = (x.new_empty(x.shape[0], dtype=dtype) for _ in range(2))
     stats = x.new_empty(len(PolicyStats._fields), dtype=torch.float64)
-    return x.new_empty((), dtype=dtype), stats, *per_token, *gradient_shapes(head, arguments[-1])
+    gradients = (d.to(unscaled_dtype(d)) for d in gradient_shapes(head, arguments[-1]))
+    return x.new_empty((), dtype=dtype), stats, *per_token, *gradients
 
 
 @head_op(_policy_shapes)
@@ -261,7 +270,7 @@ def linear_policy_loss_with_gradients(
     loss, _, stats = chunks.kernels.policy_loss_fwd(
         logps, old, advantages, False, head.mask, cu_seqlens, *clips, sequence_ratio, sequence_mean, False
     )
-    return loss, stats, logps, entropy, *chunks.gradients()
+    return loss, stats, logps, entropy, *chunks.unscaled_gradients()
 
 
 def _whole_sequences(starts: Tensor, most: int) -> list[slice]:
@@ -365,9 +374,9 @@ def linear_policy_loss(
     each = flat(advantages, dtype)
     if advantages.shape != shape:
         each = each.repeat_interleave(starts.diff(), output_size=like.numel())
-    count = num_items_in_batch
-    if count is not None and not isinstance(count, Tensor):
-        count = torch.tensor(float(count), dtype=torch.float64, device=like.device)
+    count = None
+    if num_items_in_batch is not None:
+        count = torch.as_tensor(num_items_in_batch, dtype=torch.float64, device=like.device)
     loss, stats, logps, entropy, *gradients = linear_policy_loss_with_gradients(
         *_detached(head),
         None if old_logps is None else flat(old_logps, dtype),

@@ -20,6 +20,7 @@ from rpp_kernels.ops.checks import (
     fail,
     flat,
     flat_mask,
+    may_read,
     result_dtype,
     sequence_starts,
 )
@@ -83,6 +84,12 @@ def policy_loss_bwd(dloss: Tensor, slope: Tensor, mask: Tensor | None, cu_seqlen
     return result
 
 
+@kernel_op(lambda slope, dloss: torch.empty_like(slope))
+def slope_bwd(slope: Tensor, dloss: Tensor) -> Tensor:
+    """The chain rule, with a slope that the forward kept. An op only so that a second derivative is refused."""
+    return slope * dloss
+
+
 def _policy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     mask, cu_seqlens, sequence_ratio, per_token, ctx.backend = inputs[4], inputs[5], inputs[10], inputs[12], inputs[13]
     ctx.across_tokens = sequence_ratio and per_token
@@ -94,7 +101,9 @@ def _policy_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
     slope, mask, cu_seqlens = ctx.saved_tensors
     if dloss is None:
         return (None,) * 14
-    dlogps = policy_loss_bwd(dloss, slope, mask, cu_seqlens, ctx.backend) if ctx.across_tokens else slope * dloss
+    dlogps = (
+        policy_loss_bwd(dloss, slope, mask, cu_seqlens, ctx.backend) if ctx.across_tokens else slope_bwd(slope, dloss)
+    )
     return dlogps, *(None,) * 13
 
 
@@ -256,7 +265,7 @@ def _value_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _value_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return None if dloss is None else ctx.saved_tensors[0] * dloss, *(None,) * 8
+    return None if dloss is None else slope_bwd(ctx.saved_tensors[0], dloss), *(None,) * 8
 
 
 register_gradient(value_loss_fwd, _value_backward, _value_setup)
@@ -352,8 +361,11 @@ def check_loss(
         fail("num_items_in_batch", 'None with reduction "none", which divides by nothing', num_items_in_batch)
     if isinstance(num_items_in_batch, Tensor):
         check_shape("num_items_in_batch", num_items_in_batch, (), "of a number")
+        check_constant("num_items_in_batch", num_items_in_batch)
         if num_items_in_batch.device != learned.device:
             fail("num_items_in_batch", f"a tensor on {learned.device}", describe(num_items_in_batch))
+        if may_read(num_items_in_batch) and not num_items_in_batch > 0:
+            fail("num_items_in_batch", "a positive number", num_items_in_batch.item())
     elif num_items_in_batch is not None:
         check_number("num_items_in_batch", num_items_in_batch, "a positive number", 0, open_low=True)
     if (reduction == "seq-mean-token-sum-norm") != (max_completion_length is not None):
@@ -377,6 +389,8 @@ def divided(
         return loss
     count = stats.num_tokens if reduction == "token-mean" else stats.num_sequences
     divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(divisor, Tensor):  # of any dtype: in few bits the product below overflows
+        divisor = divisor.double()
     if max_completion_length is not None:
         divisor = divisor * max_completion_length
     return (loss / divisor).to(loss.dtype)

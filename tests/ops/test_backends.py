@@ -237,6 +237,8 @@ def op_cases():
             (*policy, advantages, False, mask, cu, *clips, False, False, False, backend),
             (*policy, x["scores"], True, mask, cu, *clips, True, True, True, backend),
         ],
+        "linear_logps_frozen_bwd": [(torch.randn(len(rows), 3), rows, torch.randn(len(rows), 3).bfloat16())],
+        "slope_bwd": [(rows, rows + 1), (rows, torch.ones(()))],
         "policy_loss_bwd": [(rows, rows + 1, mask, cu, backend)],
         "value_loss_fwd": [
             (x["values"], x["old_values"], x["returns"], mask, cu, 0.2, False, per_token, backend)

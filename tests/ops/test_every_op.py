@@ -248,6 +248,40 @@ def test_one_number_expanded_is_a_gradient_too(call, backend, device):
     assert_close(*grads)
 
 
+def second_derivative(f, call, batch):
+    """Of a function of the inputs that is far from linear in what the call gives."""
+    inputs = {k: x.clone().requires_grad_(k in call.differentiable) for k, x in batch.tensors.items()}
+    result = call.on(batch)(f, inputs)
+    y = result if isinstance(result, torch.Tensor) else result[0]
+    x = [inputs[name] for name in call.differentiable]
+    first = torch.autograd.grad((y * y).sum() + sum((z * z).sum() for z in x), x, create_graph=True)
+    return torch.autograd.grad(sum((g * g).sum() for g in first), x)
+
+
+@every_call
+@pytest.mark.kernels
+def test_a_second_derivative_is_refused_rather_than_wrong(call, device):
+    batch = to_device(random_batch(MASK, LENGTHS), device)
+    second_derivative(reference, call, batch)
+    with pytest.raises(RuntimeError, match="rpp_kernels has no second derivatives"):
+        second_derivative(rpp_kernels, call, batch)
+
+
+@every_call
+@pytest.mark.kernels
+def test_a_forward_mode_derivative_is_refused_rather_than_zero(call, device):
+    batch = to_device(random_batch(MASK, LENGTHS), device)
+    name = call.differentiable[0]
+
+    def function(x):
+        result = call.on(batch)(rpp_kernels, batch.tensors | {name: x})
+        return result if isinstance(result, torch.Tensor) else result[0]
+
+    x = batch.tensors[name]
+    with pytest.raises(RuntimeError, match="rpp_kernels has no forward-mode derivatives"):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+
+
 @every_call
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_input_is_changed(call, dtype, backend, device):

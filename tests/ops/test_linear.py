@@ -302,6 +302,15 @@ def test_only_some_inputs_require_grad(function, needed, device):
     assert_close_to_reference(call, x, needed)
 
 
+@pytest.mark.parametrize(("vocab", "hidden"), [(16, 1024), (300, 64), (5000, 64), (32000, 1024), (1 << 20, 64)])
+def test_a_chunk_of_tokens_is_no_larger_than_its_budget(vocab, hidden):
+    plan = chunks.Plan(0, 0, True, False)
+    tokens, _ = chunks.chunk_tokens(torch.device("cpu"), torch.float32, torch.float32, vocab, hidden, plan)
+    assert tokens <= 384 or 4 * tokens * (vocab + 2 * hidden) <= 16 << 20
+    assert 4 * tokens * vocab <= 256 << 20
+    assert tokens == 384 or 4 * (tokens + 1) * (vocab + 2 * hidden) > 16 << 20
+
+
 # ---------------------------------------------------------------- linear_loss
 
 
@@ -460,12 +469,46 @@ def test_the_logps_and_entropy_beside_a_loss_are_detached(loss, device):
     assert not out.entropy.requires_grad
 
 
+@pytest.mark.parametrize("how", [linear_logps, partial(linear_policy_loss, importance_sampling_level="sequence")])
+def test_a_second_derivative_of_a_frozen_head_is_refused_rather_than_wrong(how, device):
+    x = batch(device=device)
+    hidden_states = x["hidden_states"].requires_grad_()
+    out = how(rpp, x)[0].exp().sum() + (hidden_states**2).sum()
+    (first,) = torch.autograd.grad(out, hidden_states, create_graph=True)
+    with pytest.raises(RuntimeError, match="rpp_kernels has no second derivatives"):
+        torch.autograd.grad((first**2).sum(), hidden_states)
+
+
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_a_second_derivative_is_refused_rather_than_wrong(loss, device):
-    x = {k: y.requires_grad_(k in LEARNED) for k, y in batch(device=device).items()}
-    (first,) = torch.autograd.grad(loss(x).loss, x["hidden_states"], create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.sum(), x["weight"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_gradients_of_many_upstream_gradients_at_once(loss, dtype, device):
+    x = {k: y.requires_grad_(k in LEARNED) for k, y in batch(dtype=dtype, device=device).items()}
+    upstream, out, inputs = torch.tensor([1.0, -0.5]).to(device), loss(x).loss, [x[k] for k in learned(x)]
+    together = torch.autograd.grad(out, inputs, upstream.to(out), is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, inputs, u.to(out), retain_graph=True) for u in upstream]
+    assert_identical(list(together), [torch.stack(g) for g in zip(*one_by_one, strict=True)])
+
+
+@pytest.mark.parametrize("loss", ["linear_loss", "linear_policy_loss"])
+@pytest.mark.parametrize("items", [1e6, 1e9])
+def test_a_loss_scale_brings_gradients_into_the_range_of_float16(loss, items, device):
+    x = make_batch(4, 32, vocab=300, hidden=16, dtype=torch.float16, device=device)
+    leaves = {k: x[k].requires_grad_() for k in ("hidden_states", "weight")}
+    how = {"num_items_in_batch": items}
+
+    def gradients(f, x, scale):
+        def token_loss(logps, entropy, rows):
+            return -(logps - x["old_logps"][rows]).exp() * x["advantages"][rows] / items
+
+        out = linear_policy_loss(f, x, **how) if loss == "linear_policy_loss" else linear_loss(f, x, token_loss)
+        return torch.autograd.grad(out.loss * scale, [x[k] for k in leaves])
+
+    exact = gradients(reference, {k: y.double() if y.is_floating_point() else y for k, y in x.items()}, items)
+    for got, same, want in zip(gradients(rpp, x, items), gradients(reference, x, items), exact, strict=True):
+        assert got.dtype == torch.float16
+        error, allowed = ((y.double() - want).abs().max() for y in (got, same))
+        assert error <= 2 * allowed + 1e-6
+        assert want.abs().max() > 0.01
 
 
 LEAF = torch.zeros(1, dtype=torch.float64, requires_grad=True)
@@ -491,17 +534,28 @@ def test_linear_loss_refuses(name, token_loss, words):
 
 @pytest.mark.parametrize("other", [LEAF, LEAF * 2, (LEAF * 2).exp() + 1], ids=["leaf", "non-leaf", "far from its leaf"])
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_a_token_loss_that_would_lose_the_gradient_of_another_tensor_is_refused(requires_grad, other, device):
-    x = {k: y.requires_grad_(requires_grad and k in LEARNED) for k, y in batch(device=device).items()}
-    with pytest.raises(ValueError, match="token_loss: want logps and entropy as all that requires grad"):
-        linear_loss(rpp, x, lambda p, e, rows: p * other)
-    with torch.no_grad():  # nothing is lost
-        linear_loss(rpp, x, lambda p, e, rows: p * other)
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_token_loss_that_would_lose_the_gradient_of_another_tensor_is_refused(name, requires_grad, other):
+    x = {k: y.requires_grad_(requires_grad and k in LEARNED) for k, y in batch().items()}
+    with backends.use_backend(name):
+        with pytest.raises(ValueError, match="token_loss: want logps and entropy as all that requires grad"):
+            linear_loss(rpp, x, lambda p, e, rows: p * other)
+        with torch.no_grad():  # nothing is lost
+            linear_loss(rpp, x, lambda p, e, rows: p * other)
 
 
-def test_a_token_loss_that_uses_the_weight_is_refused(device):
-    x = {k: y.requires_grad_(k in LEARNED) for k, y in batch(device=device).items()}
-    with pytest.raises(ValueError, match="token_loss: want logps and entropy as all that requires grad"):
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_token_loss_that_is_itself_learned_is_refused(name):
+    x = batch()
+    leaf = torch.zeros(int(x["completion_mask"].sum()), dtype=torch.float64, requires_grad=True)
+    with backends.use_backend(name), pytest.raises(ValueError, match="token_loss: want logps and entropy as all that"):
+        linear_loss(rpp, x, lambda p, e, rows: leaf)
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_token_loss_that_uses_the_weight_is_refused(name):
+    x = {k: y.requires_grad_(k in LEARNED) for k, y in batch().items()}
+    with backends.use_backend(name), pytest.raises(ValueError, match="token_loss: want logps and entropy as all that"):
         linear_loss(rpp, x, lambda p, e, rows: p + x["weight"].square().mean())
 
 
@@ -867,6 +921,12 @@ def test_log_probs_of_half_operands_are_a_hundred_times_closer_than_those_of_hal
     assert 100 * ours < theirs, f"{ours:.1e} against {theirs:.1e}"
 
 
+def test_a_bias_and_a_lora_may_be_float32_beside_half_operands(device):
+    x = head(dtype=torch.bfloat16, device=device)
+    x |= {k: x[k].float() + 1e-3 for k in ("bias", "lora_A", "lora_B")}
+    assert_close_to_reference(linear_logps, x, LEARNED)
+
+
 # ---------------------------------------------------------------- the same bits
 
 
@@ -1055,7 +1115,15 @@ REFUSALS = [
     (LORA | {"lora_A": torch.zeros(2)}, r"lora_A: want \(rank, 2\)"),
     (LORA | {"lora_B": torch.zeros(4, 2)}, r"lora_B: want \(4, 1\)"),
     (LORA | {"lora_B": torch.zeros(3, 1)}, r"lora_B: want \(4, 1\)"),
-    (LORA | {"lora_B": torch.zeros(4, 1).double()}, "lora_B: want the dtype of hidden_states"),
+    (LORA | {"lora_B": torch.zeros(4, 1).double()}, "lora_B: want the dtype of hidden_states, torch.float32"),
+    ({"bias": torch.zeros(4).double()}, "bias: want the dtype of hidden_states, torch.float32"),
+    ({"hidden_states": None}, "hidden_states: want a float32"),
+    ({"hidden_states": [[0.0, 1.0]]}, "hidden_states: want a float32"),
+    ({"weight": None}, "weight: want a float32"),
+    ({"hidden_states": torch.zeros(3, 0), "weight": torch.zeros(4, 1)}, "hidden_states: want at least one feature"),
+    ({"process_group": "tp", "vocab_start": 0}, "process_group: want a torch.distributed.ProcessGroup"),
+    ({"temperature": torch.tensor([1.0, math.inf, 1.0])}, "temperature: want positive finite numbers"),
+    ({"softcap": 1e31}, "softcap: want a number from 1e-30"),
     (LORA | {"lora_A": torch.zeros(1, 2).int()}, "lora_A: want a float32"),
     (LORA | {"lora_scaling": math.nan}, "lora_scaling: want a finite number"),
     (LORA | {"lora_scaling": math.inf}, "lora_scaling: want a finite number"),
@@ -1063,10 +1131,10 @@ REFUSALS = [
     ({"bias": torch.zeros(3)}, r"bias: want the shape \(4,\)"),
     ({"bias": torch.zeros(4, 1)}, "bias: want .* of 1 dimension"),
     ({"bias": torch.empty(0)}, "bias: want the whole parameter"),
-    ({"softcap": 0}, "softcap: want a positive finite number"),
-    ({"softcap": -1.0}, "softcap: want a positive finite number"),
-    ({"softcap": math.nan}, "softcap: want a positive finite number"),
-    ({"softcap": math.inf}, "softcap: want a positive finite number"),
+    ({"softcap": 0}, "softcap: want a number from 1e-30"),
+    ({"softcap": -1.0}, "softcap: want a number from 1e-30"),
+    ({"softcap": math.nan}, "softcap: want a number from 1e-30"),
+    ({"softcap": math.inf}, "softcap: want a number from 1e-30"),
     ({"logit_scale": math.inf}, "logit_scale: want a finite number"),
     ({"logit_scale": math.nan}, "logit_scale: want a finite number"),
     ({"logit_scale": None}, "logit_scale: want a finite number"),

@@ -455,8 +455,8 @@ HIDDEN, WEIGHT = torch.zeros(3, 2), torch.zeros(4, 2)
         ({"temperature": torch.ones(2)}, r"temperature: want the shape \(3,\) of the tokens"),
         ({"temperature": torch.ones(())}, "temperature: want .* dimension"),
         ({"temperature": torch.ones(3).int()}, "temperature: want a float32"),
-        ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature: want positive numbers"),
-        ({"temperature": torch.tensor([1.0, math.nan, 1.0])}, "temperature: want positive numbers"),
+        ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature: want positive finite numbers"),
+        ({"temperature": torch.tensor([1.0, math.nan, 1.0])}, "temperature: want positive finite numbers"),
         ({"temperature": torch.ones(3, requires_grad=True)}, "temperature: want a constant"),
     ],
 )

@@ -177,6 +177,10 @@ def test_num_items_in_batch_is_a_number_or_a_tensor(loss, reduction, backend, de
     as_number = call(num_items_in_batch=7).loss
     for items in (torch.tensor(7, device=device), torch.tensor(7.0, device=device), 7.0):
         assert_close(call(num_items_in_batch=items).loss, as_number)
+    long = {"max_completion_length": 1 << 28} if reduction == "seq-mean-token-sum-norm" else {}
+    for dtype in (torch.uint8, torch.int32, torch.float16):  # in which the product of both would overflow
+        items = torch.tensor(100, dtype=dtype, device=device)
+        assert_close(call(**long, num_items_in_batch=items).loss, call(**long, num_items_in_batch=100).loss)
     stats = call().stats
     count = stats.num_tokens if reduction == "token-mean" else stats.num_sequences
     assert_close(call(num_items_in_batch=count).loss, call().loss)
@@ -315,6 +319,8 @@ SHARED = [
     ({"num_items_in_batch": 0}, "num_items_in_batch: want a positive number"),
     ({"num_items_in_batch": -1.0}, "num_items_in_batch: want a positive number"),
     ({"num_items_in_batch": math.nan}, "num_items_in_batch: want a positive number"),
+    ({"num_items_in_batch": torch.tensor(0)}, "num_items_in_batch: want a positive number"),
+    ({"num_items_in_batch": torch.ones((), requires_grad=True)}, "num_items_in_batch: want a constant"),
     ({"num_items_in_batch": torch.ones(1)}, r"num_items_in_batch: want the shape \(\) of a number"),
     ({"num_items_in_batch": torch.ones((), device="meta")}, "num_items_in_batch: want a tensor on cpu"),
     ({"num_items_in_batch": 3, "reduction": "none"}, "num_items_in_batch: want None with reduction .none."),
