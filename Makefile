@@ -26,7 +26,6 @@ test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, the whe
 bench: $(VENV)/installed  ## CPU benchmarks, then the tables of docs/performance.md from them
 	$(BIN)/python benchmarks/run.py --skip linear --json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/run.py --case linear --rounds 5 --json benchmarks/results/linear.json
-	$(BIN)/python benchmarks/run.py --case linear_policy_loss --keep-memory --rounds 5 --json benchmarks/results/kept_memory.json
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/report.py
 

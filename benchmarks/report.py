@@ -1,8 +1,7 @@
 """Writes the generated tables of the documentation from benchmarks/results: `python benchmarks/report.py`.
 
-cpu.json and linear.json (of run.py) become tables of docs/performance.md and summaries in README.md; kept_memory.json
-(of run.py --keep-memory) and memory.json (of memory.py) other tables there and docs/linear_memory.png; demo.json (of
-demo.py) the table of docs/trainer.md.
+cpu.json and linear.json (of run.py) become tables of docs/performance.md and summaries in README.md; memory.json (of
+memory.py) becomes another table there and docs/linear_memory.png; demo.json (of demo.py) the table of docs/trainer.md.
 Only what stands between a page's two markers is replaced.
 """
 
@@ -179,8 +178,6 @@ if __name__ == "__main__":
     linear = json.loads((RESULTS / "linear.json").read_text())
     write(ROOT / "docs" / "performance.md", "linear", markdown(linear))
     write(ROOT / "README.md", "linear", summary(linear))
-    kept = json.loads((RESULTS / "kept_memory.json").read_text())
-    write(ROOT / "docs" / "performance.md", "kept memory", markdown(kept))
     measured = json.loads((RESULTS / "memory.json").read_text())
     memory_plot(measured, ROOT / "docs" / "linear_memory.png")
     write(ROOT / "docs" / "performance.md", "memory", memory(measured))

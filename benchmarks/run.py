@@ -1,11 +1,10 @@
-"""Times the cases: `python benchmarks/run.py [--case NAME ...] [--skip NAME ...] [--keep-memory] [--json FILE]`.
+"""Times the cases: `python benchmarks/run.py [--case NAME ...] [--skip NAME ...] [--rounds N] [--json FILE]`.
 
 Each case is checked against the float64 specification first, gradients included, and nothing is printed when anyone who
 would be timed is wrong. `benchmarks/report.py` turns the JSON into the tables of docs/performance.md.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -46,8 +45,6 @@ def main() -> None:
     args = _parse()
     # GNU OpenMP reads this once, when torch is loaded.
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    if args.keep_memory:
-        keep_memory()
     import cases
     import report
     import torch
@@ -59,7 +56,7 @@ def main() -> None:
     left = [case for case in cases.CASES if not case.name.startswith(tuple(args.skip))]
     chosen = [case for case in left if not args.case or case.name.startswith(tuple(args.case))]
     described_machine = machine(args.threads, " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]))
-    rows = [row for case in chosen for row in measure(case, args.rounds, peaks=not args.keep_memory)]
+    rows = [row for case in chosen for row in measure(case, args.rounds)]
     described = {case.name: {k: getattr(case, k) for k in ("op", "shape", "why")} for case in chosen}
     for case in chosen:
         described[case.name] |= {"floor": case.floor.what, "unit": case.floor.unit, "amount": case.floor.amount}
@@ -72,17 +69,6 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(report.markdown(result))
-
-
-def keep_memory() -> None:
-    """Freed memory stays with the process, as PyTorch keeps it on a GPU: a call finds memory without faults.
-
-    The same as MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 in the environment.
-    """
-    trim_threshold, mmap_max = -1, -4  # the names that mallopt(3) has for them
-    libc = ctypes.CDLL("libc.so.6")
-    if not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)):
-        sys.exit("--keep-memory: the C library refuses")
 
 
 def load(case: "Case") -> tuple[dict[str, "Function"], dict[str, str]]:
@@ -111,7 +97,7 @@ def check(case: "Case", data: "Data", works: "dict[str, Work]") -> dict[str, flo
     return errors
 
 
-def measure(case: "Case", rounds: int | None, *, peaks: bool) -> list[Row]:
+def measure(case: "Case", rounds: int | None) -> list[Row]:
     from timing import interleave, peak_extra_mib
 
     print(case.name, file=sys.stderr, flush=True)
@@ -120,10 +106,10 @@ def measure(case: "Case", rounds: int | None, *, peaks: bool) -> list[Row]:
     works = {name: data.work(function) for name, function in functions.items()}
     errors = check(case, data, works)
     samples = interleave({"floor": case.floor.work(), **works}, rounds=rounds)
-    peak = {name: peak_extra_mib(work) for name, work in works.items()} if peaks else {}
+    peaks = {name: peak_extra_mib(work) for name, work in works.items()}
     whole = case.phases[-1]
     rows = [
-        _row(case, name, phase, samples, *((peak.get(name), errors.get(name)) if phase == whole else ()))
+        _row(case, name, phase, samples, *((peaks.get(name), errors.get(name)) if phase == whole else ()))
         for phase in case.phases
         for name in samples
     ]
@@ -193,7 +179,7 @@ def _commit() -> str:
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + (
-            " with changes" if git("status", "--porcelain", "-uno") else ""
+            " with changes" if git("status", "--porcelain", "-uno", ":!benchmarks/results") else ""
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -205,7 +191,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="the same, of cases to leave out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="default: as many as fit into ten seconds a case, 9 to 100")
-    parser.add_argument("--keep-memory", action="store_true", help="do not return freed memory to the system")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     return parser.parse_args()
 
