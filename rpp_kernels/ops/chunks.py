@@ -273,16 +273,13 @@ class Chunks:
         if self.in_place:
             self._multiply_waiting()
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of hidden states, weight, bias, lora_A and lora_B, each in its dtype; empty where not needed."""
-        pairs = zip(self.sums(), self.head.learned, strict=True)
-        a, b, c, d, e = (total if p is None else total.to(p.dtype) for total, p in pairs)
-        return a, b, c, d, e
-
-    def unscaled_gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The same for a loss that is yet to be scaled."""
-        pairs = zip(self.sums(), self.head.learned, strict=True)
-        a, b, c, d, e = (total if p is None else total.to(unscaled_dtype(p)) for total, p in pairs)
+    def gradients(self, *, scaled: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of hidden states, weight, bias, lora_A and lora_B, each in its dtype, or in that of `unscaled_dtype` for a
+        loss that is yet to be scaled; empty where not needed."""
+        a, b, c, d, e = (
+            total if p is None else total.to(p.dtype if scaled else unscaled_dtype(p))
+            for total, p in zip(self.sums(), self.head.learned, strict=True)
+        )
         return a, b, c, d, e
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

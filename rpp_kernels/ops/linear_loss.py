@@ -200,7 +200,7 @@ def linear_loss(
     with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
         chunks = Chunks(_detached(head), needs)
         logps, entropy = _over_units(chunks, chunks.split(chunks.rows), slopes_of)
-        gradients = chunks.unscaled_gradients()
+        gradients = chunks.gradients(scaled=False)
     loss = _with_gradients(total.to(chunks.dtype), head, gradients)
     return LinearLoss(loss, logps.view(shape), entropy.view(shape))
 
@@ -270,7 +270,7 @@ def linear_policy_loss_with_gradients(
     loss, _, stats = chunks.kernels.policy_loss_fwd(
         logps, old, advantages, False, head.mask, cu_seqlens, *clips, sequence_ratio, sequence_mean, False
     )
-    return loss, stats, logps, entropy, *chunks.unscaled_gradients()
+    return loss, stats, logps, entropy, *chunks.gradients(scaled=False)
 
 
 def _whole_sequences(starts: Tensor, most: int) -> list[slice]:

@@ -365,7 +365,7 @@ def check_loss(
         if num_items_in_batch.device != learned.device:
             fail("num_items_in_batch", f"a tensor on {learned.device}", describe(num_items_in_batch))
         if may_read(num_items_in_batch) and not num_items_in_batch > 0:
-            fail("num_items_in_batch", "a positive number", num_items_in_batch.item())
+            fail("num_items_in_batch", "a positive number", num_items_in_batch)
     elif num_items_in_batch is not None:
         check_number("num_items_in_batch", num_items_in_batch, "a positive number", 0, open_low=True)
     if (reduction == "seq-mean-token-sum-norm") != (max_completion_length is not None):
