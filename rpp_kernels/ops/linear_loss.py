@@ -12,7 +12,7 @@ from rpp_kernels.ops.checks import check_floats, check_shape, describe, fail, fl
 from rpp_kernels.ops.chunks import Chunks, Slopes, Statistics, unscaled_dtype
 from rpp_kernels.ops.head import Execution, Head, Needs, Options, checked_head, head_op
 from rpp_kernels.ops.linear_logps import gradient_shapes, token_logps
-from rpp_kernels.ops.policy_loss import check_advantages, check_clips, check_loss, divided, policy_loss
+from rpp_kernels.ops.policy_loss import check_advantages, check_clips, check_loss, policy_loss
 from rpp_kernels.reference import LinearLoss, LinearPolicyLoss, PolicyStats
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def linear_policy_loss_with_gradients(
     sequence_mean: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats) as policy_loss_fwd, undivided; (logps, entropy); the gradients of the divided loss."""
+    """The divided loss, stats as in policy_loss_fwd, (logps, entropy), and the gradients of the loss."""
     chunks = Chunks(head, Needs(*needs))
     valid_lengths = lengths = cu_seqlens.diff()
     if head.mask is not None:
@@ -270,7 +270,7 @@ def linear_policy_loss_with_gradients(
     loss, _, stats = chunks.kernels.policy_loss_fwd(
         logps, old, advantages, False, head.mask, cu_seqlens, *clips, sequence_ratio, sequence_mean, False
     )
-    return loss, stats, logps, entropy, *chunks.gradients(scaled=False)
+    return (loss / divisor).to(loss.dtype), stats, logps, entropy, *chunks.gradients(scaled=False)
 
 
 def _whole_sequences(starts: Tensor, most: int) -> list[slice]:
@@ -347,8 +347,8 @@ def linear_policy_loss(
     shape, dtype = target_ids.shape, result_dtype(hidden_states)
     like = hidden_states[..., 0].detach()  # what policy_loss would be given as logps
     constants = {} if old_logps is None else {"old_logps": old_logps}
-    divisor = reduction, num_items_in_batch, max_completion_length
-    starts = check_loss("target_ids", like, constants, completion_mask, *divisor, cu_seqlens)
+    mean = reduction, num_items_in_batch, max_completion_length
+    starts = check_loss("target_ids", like, constants, completion_mask, *mean, cu_seqlens)
     check_advantages(advantages, like, starts.shape[0] - 1, cu_seqlens)
     clips = check_clips(epsilon_low, epsilon_high, dual_clip, importance_sampling_level, log_ratio_clamp)
     policy: dict[str, Any] = {
@@ -391,5 +391,5 @@ def linear_policy_loss(
         head.needs,
     )
     named = PolicyStats(*stats.unbind())
-    loss = _with_gradients(divided(loss, named, *divisor).view(()), head, gradients)
+    loss = _with_gradients(loss, head, gradients)
     return LinearPolicyLoss(loss, named, logps.view(shape), entropy.view(shape))
