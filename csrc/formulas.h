@@ -1,4 +1,4 @@
-// The formulas of rpp_kernels/reference.py, once for C++ and CUDA.
+// The formulas of rpp_kernels/reference/, once for C++ and CUDA.
 //
 // No include guard: this file is included inside a namespace, once for each instruction set (cpu/for_each_isa.h), so
 // that every copy is compiled for the instructions of its caller. `F` is float, double, or a GCC vector of them;

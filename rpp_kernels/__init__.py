@@ -9,7 +9,8 @@ from rpp_kernels.ops.advantages import gae, returns, whiten
 from rpp_kernels.ops.groups import group_advantages
 from rpp_kernels.ops.kl import kl_penalty
 from rpp_kernels.ops.linear_logps import linear_logps
-from rpp_kernels.ops.linear_loss import linear_loss, linear_policy_loss
+from rpp_kernels.ops.linear_loss import linear_loss
+from rpp_kernels.ops.linear_policy_loss import linear_policy_loss
 from rpp_kernels.ops.logps import logps_from_logits
 from rpp_kernels.ops.policy_loss import policy_loss, value_loss
 from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages

@@ -12,9 +12,10 @@ MODULES = sorted([*ROOT.glob("rpp_kernels/**/*.py"), *ROOT.glob("python/rpp_trai
 
 # Layer -> what it may import of this project. The first layer whose prefix fits a module is its own.
 ALLOWED = {
-    "rpp_kernels.reference": (),
+    "rpp_kernels.reference": ("rpp_kernels.reference", "rpp_kernels.distributed"),
+    "rpp_kernels.distributed": (),
     "rpp_kernels.backends": ("rpp_kernels.backends",),
-    "rpp_kernels.ops": ("rpp_kernels.ops", "rpp_kernels.backends", "rpp_kernels.reference"),
+    "rpp_kernels.ops": ("rpp_kernels.ops", "rpp_kernels.backends", "rpp_kernels.reference", "rpp_kernels.distributed"),
     "rpp_kernels.testing": ("rpp_kernels",),
     "rpp_kernels": ("rpp_kernels",),  # __init__ and __main__ gather the rest
     "rpp_trainer": ("rpp_trainer", "rpp_kernels"),

@@ -84,6 +84,11 @@ def check_integer(name: str, value: Any, wanted: str, low: int) -> None:
         fail(name, wanted, repr(value))
 
 
+def check_process_group(process_group: Any) -> None:
+    if not hasattr(process_group, "group_name"):
+        fail("process_group", "a torch.distributed.ProcessGroup that this process is in", repr(process_group))
+
+
 def check_target_ids(target_ids: Tensor, mask: Tensor | None, shape: Sequence[int], vocab: int, like: Tensor) -> None:
     if not isinstance(target_ids, Tensor) or target_ids.dtype != torch.int64:
         fail("target_ids", "an int64 tensor", describe(target_ids))

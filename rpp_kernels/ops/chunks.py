@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rpp_kernels.backends import kernels
+from rpp_kernels.distributed import named_group
 from rpp_kernels.ops.checks import fail, may_read, result_dtype
 from rpp_kernels.ops.head import Head, Needs, Numbers, Plan
 
@@ -95,7 +96,7 @@ class Chunks:
     def __init__(self, head: Head, needs: Needs, *, wide_dhidden: bool = False) -> None:
         self.head, self.needs = head, needs
         self.plan, self.numbers = Plan(*head.plan), Numbers(*head.numbers)
-        self.kernels, self.group = kernels(head.backend), _group(head.group_name)
+        self.kernels, self.group = kernels(head.backend), named_group(head.group_name)
         x = head.hidden_states
         self.dtype = result_dtype(x)  # of logits, sums and results
         # The libraries of a CPU round what they make of half operands to half.
@@ -346,9 +347,3 @@ def multiply(
     start, beta = (out, 0.0) if plus is None else (plus, beta)
     wide = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     return torch.addmm(start, a, b, beta=beta, alpha=alpha, out=out, **wide)
-
-
-def _group(name: str) -> Any:
-    if not name:
-        return None
-    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]

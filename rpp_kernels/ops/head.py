@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from rpp_kernels.backends import backend_of
+from rpp_kernels.distributed import group_name
 from rpp_kernels.ops import kernel_op
 from rpp_kernels.ops.checks import (
     check_floats,
     check_integer,
     check_mask,
     check_number,
+    check_process_group,
     check_shape,
     check_target_ids,
     check_temperature,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:  # some builds of torch have no torch.distributed
 
 
 class Options(NamedTuple):
-    """What a public function and that of reference.py take by these keywords."""
+    """What a public function and that of the reference take by these keywords."""
 
     bias: Tensor | None  # (V,)
     lora_A: Tensor | None  # (R, H)
@@ -147,7 +149,7 @@ def checked_head(
     options: Options,
     execution: Execution,
 ) -> tuple[Head, dict[str, Any]]:
-    """The arguments of a public function as those of an op, and as those of reference.py; or a ValueError that names
+    """The arguments of a public function as those of an op, and as those of the reference; or a ValueError that names
     one."""
     bias, lora_A, lora_B, lora_scaling, temperature, softcap, logit_scale, process_group, vocab_start = options
     chunk_bytes, skip_rows, batch_invariant = execution
@@ -184,8 +186,7 @@ def checked_head(
     shape = hidden_states.shape[:-1]
     check_mask(completion_mask, "the tokens of hidden_states", shape, hidden_states)
     if process_group is not None:
-        if not hasattr(process_group, "group_name"):
-            fail("process_group", "a torch.distributed.ProcessGroup that this process is in", repr(process_group))
+        check_process_group(process_group)
         check_integer("vocab_start", vocab_start, "the id of this shard's first row, beside process_group", 0)
     elif vocab_start is not None:
         fail("vocab_start", "None without a process_group", vocab_start)
@@ -210,7 +211,7 @@ def checked_head(
         flat(temperature, result_dtype(hidden_states)) if isinstance(temperature, Tensor) else None,
         Numbers(1.0 if each else float(temperature), float(lora_scaling), float(logit_scale), float(softcap or 0)),
         Plan(vocab_start or 0, chunk_bytes or 0, int(skip_rows), int(batch_invariant)),
-        "" if process_group is None else process_group.group_name,
+        group_name(process_group),
         backend_of(hidden_states),
     )
     operands = {"hidden_states": hidden_states, "weight": weight}

@@ -1,0 +1,206 @@
+"""The policy loss from hidden states, as one op with its gradient."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rpp_kernels import reference
+from rpp_kernels.ops.checks import fail, flat, result_dtype
+from rpp_kernels.ops.chunks import Chunks, Slopes, Statistics, unscaled_dtype
+from rpp_kernels.ops.head import Execution, Head, Needs, Options, checked_head, head_op
+from rpp_kernels.ops.linear_logps import gradient_shapes, token_logps
+from rpp_kernels.ops.linear_loss import detached, over_units, with_gradients
+from rpp_kernels.ops.policy_loss import check_advantages, check_clips, check_loss, policy_loss
+from rpp_kernels.reference import LinearPolicyLoss, PolicyStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def _policy_shapes(head: Head, *arguments: Any) -> tuple[Tensor, ...]:
+    x, dtype = head.hidden_states, result_dtype(head.hidden_states)
+    per_token = (x.new_empty(x.shape[0], dtype=dtype) for _ in range(2))
+    stats = x.new_empty(len(PolicyStats._fields), dtype=torch.float64)
+    gradients = (d.to(unscaled_dtype(d)) for d in gradient_shapes(head, arguments[-1]))
+    return x.new_empty((), dtype=dtype), stats, *per_token, *gradients
+
+
+@head_op(_policy_shapes)
+def linear_policy_loss_with_gradients(
+    head: Head,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    divisor: Tensor | None,
+    divisor_factor: float,
+    token_mean: bool,
+    clips: Sequence[float],
+    sequence_ratio: bool,
+    sequence_mean: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The divided loss, stats as in policy_loss_fwd, (logps, entropy), and the gradients of the loss."""
+    chunks = Chunks(head, Needs(*needs))
+    valid_lengths = lengths = cu_seqlens.diff()
+    if head.mask is not None:
+        valid_lengths = torch.nn.functional.pad(head.mask.cumsum(0), (1, 0))[cu_seqlens].diff()
+    if chunks.mask is None:  # the rows of the chunks are the valid tokens
+        lengths = valid_lengths
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # of sequences among those rows
+    if divisor is None:
+        divisor = (valid_lengths if token_mean else valid_lengths > 0).sum().clamp(min=1).double()
+    divisor = divisor * divisor_factor
+    weights = None
+    if sequence_mean and not sequence_ratio:  # a chunk may end within a sequence
+        each = valid_lengths.clamp(min=1).double().reciprocal()
+        weights = each.repeat_interleave(lengths, output_size=chunks.rows.shape[0])
+
+    def slopes_of(unit: slice, statistics: Statistics) -> Slopes | None:
+        if not any(needs):
+            return None
+        rows, logps = chunks.rows[unit], statistics.logps
+        if sequence_ratio:
+            inside = (starts >= unit.start) & (starts <= unit.stop)
+            local = starts[inside] - unit.start
+        else:
+            local = torch.tensor([0, rows.shape[0]], device=logps.device)
+        old = logps if old_logps is None else old_logps[rows]
+        valid = None if chunks.mask is None else chunks.mask[rows]
+        per_sequence = sequence_ratio, sequence_ratio and sequence_mean
+        _, slope, _ = chunks.kernels.policy_loss_fwd(
+            logps, old, advantages[rows], False, valid, local, *clips, *per_sequence, False
+        )
+        scaled = slope / divisor if weights is None else slope * (weights[unit] / divisor)
+        return Slopes(scaled.to(slope.dtype))
+
+    units = _whole_sequences(starts, chunks.tokens) if sequence_ratio and any(needs) else chunks.split(chunks.rows)
+    logps, entropy = over_units(chunks, units, slopes_of)
+    old = logps if old_logps is None else old_logps
+    loss, _, stats = chunks.kernels.policy_loss_fwd(
+        logps, old, advantages, False, head.mask, cu_seqlens, *clips, sequence_ratio, sequence_mean, False
+    )
+    return (loss / divisor).to(loss.dtype), stats, logps, entropy, *chunks.gradients(scaled=False)
+
+
+def _whole_sequences(starts: Tensor, most: int) -> list[slice]:
+    """Units of whole sequences, of as many as fit into a chunk, or of one that does not."""
+    units, begin, end = [], 0, 0
+    for stop in starts.tolist()[1:]:
+        if end > begin and stop - begin > most:
+            units.append(slice(begin, end))
+            begin = end
+        end = stop
+    return [*units, slice(begin, end)] if end > begin else units
+
+
+def linear_policy_loss(
+    hidden_states: Tensor,  # (B, S, H) or (T, H)
+    weight: Tensor,  # (V, H)
+    target_ids: Tensor,  # (B, S) or (T,) int64
+    old_logps: Tensor | None,  # same, constant; None: the log-probs of this very call
+    advantages: Tensor,  # same, or one for each sequence: (B, 1), and (B,) beside (B, S); constant
+    completion_mask: Tensor | None = None,  # (B, S) or (T,) bool
+    *,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    dual_clip: float | None = None,
+    importance_sampling_level: str = "token",
+    log_ratio_clamp: float = 20.0,
+    reduction: str = "token-mean",
+    num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None,
+    cu_seqlens: Tensor | None = None,  # (B+1,)
+    bias: Tensor | None = None,  # (V,)
+    lora_A: Tensor | None = None,  # (R, H)
+    lora_B: Tensor | None = None,  # (V, R)
+    lora_scaling: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or (B, S) or (T,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    process_group: "ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    chunk_bytes: int | None = None,
+    skip_rows: bool = True,
+    batch_invariant: bool = False,
+) -> LinearPolicyLoss:
+    """`policy_loss(linear_logps(hidden_states, weight, target_ids).logps, old_logps, advantages)`, gradient and all.
+
+    Equal to these two in value and gradient, at the cost of `linear_loss`: m + 2 a products of 2 T V H flops rather
+    than m + 3 a, where a also leaves out the tokens that are clipped or have an advantage of 0. A ratio of sequences
+    (`importance_sampling_level="sequence"`) is known when a sequence ends, so chunks hold whole sequences; one that is
+    longer than a chunk has its logits made again, for m + 3 a. With a frozen head that ratio costs 2 m.
+
+    Args:
+        old_logps: of the policy that sampled; None for an exactly on-policy step, whose ratio is 1: this saves the
+            pass that would compute them.
+        reduction: as in `policy_loss`, "none" aside: the gradient of a sum is all that is made.
+        the others: as in `policy_loss` and `linear_logps`.
+
+    Returns:
+        LinearPolicyLoss(loss, stats, logps, entropy): a 0-dim loss, differentiable in `hidden_states`, `weight`,
+        `bias`, `lora_A` and `lora_B`, once; `PolicyStats`; the results of `linear_logps`, detached.
+
+    Raises:
+        ValueError: an argument that is not as above.
+    """
+    head, arguments = checked_head(
+        hidden_states,
+        weight,
+        target_ids,
+        completion_mask,
+        Options(bias, lora_A, lora_B, lora_scaling, temperature, softcap, logit_scale, process_group, vocab_start),
+        Execution(chunk_bytes, skip_rows, batch_invariant),
+    )
+    if reduction == "none":
+        fail("reduction", "a sum or a mean (for each token's loss: linear_logps, then policy_loss)", repr(reduction))
+    shape, dtype = target_ids.shape, result_dtype(hidden_states)
+    like = hidden_states[..., 0].detach()  # what policy_loss would be given as logps
+    constants = {} if old_logps is None else {"old_logps": old_logps}
+    mean = reduction, num_items_in_batch, max_completion_length
+    starts = check_loss("target_ids", like, constants, completion_mask, *mean, cu_seqlens)
+    check_advantages(advantages, like, starts.shape[0] - 1, cu_seqlens)
+    clips = check_clips(epsilon_low, epsilon_high, dual_clip, importance_sampling_level, log_ratio_clamp)
+    policy: dict[str, Any] = {
+        "epsilon_low": epsilon_low,
+        "epsilon_high": epsilon_high,
+        "dual_clip": dual_clip,
+        "importance_sampling_level": importance_sampling_level,
+        "log_ratio_clamp": log_ratio_clamp,
+        "reduction": reduction,
+        "num_items_in_batch": num_items_in_batch,
+        "max_completion_length": max_completion_length,
+        "cu_seqlens": cu_seqlens,
+    }
+    if head.backend == "reference":
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return reference.linear_policy_loss(old_logps=old_logps, advantages=advantages, **arguments, **policy)
+    sequence_ratio = importance_sampling_level == "sequence"
+    if sequence_ratio and head.needs.frozen:
+        logps, entropy, _ = token_logps(head, shape, keep_bytes=0)
+        old = logps.detach() if old_logps is None else old_logps
+        loss, named = policy_loss(logps, old, advantages, completion_mask, **policy)
+        return LinearPolicyLoss(loss, named, logps.detach(), entropy.detach())
+    each = flat(advantages, dtype)
+    if advantages.shape != shape:
+        each = each.repeat_interleave(starts.diff(), output_size=like.numel())
+    count = None
+    if num_items_in_batch is not None:
+        count = torch.as_tensor(num_items_in_batch, dtype=torch.float64, device=like.device)
+    loss, stats, logps, entropy, *gradients = linear_policy_loss_with_gradients(
+        *detached(head),
+        None if old_logps is None else flat(old_logps, dtype),
+        each,
+        starts,
+        count,
+        float(max_completion_length or 1),
+        reduction == "token-mean",
+        clips,
+        sequence_ratio,
+        reduction == "seq-mean-token-mean",
+        head.needs,
+    )
+    named = PolicyStats(*stats.unbind())
+    loss = with_gradients(loss, head, gradients)
+    return LinearPolicyLoss(loss, named, logps.view(shape), entropy.view(shape))

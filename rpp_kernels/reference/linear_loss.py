@@ -1,0 +1,59 @@
+"""Losses from hidden states."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rpp_kernels.reference.logps import linear_logps
+
+if TYPE_CHECKING:  # some builds of torch have no torch.distributed
+    from torch.distributed import ProcessGroup
+
+
+class LinearLoss(NamedTuple):
+    """The `loss`, summed over tokens, and each token's `logps` and `entropy`, through which no gradient flows."""
+
+    loss: Tensor
+    logps: Tensor
+    entropy: Tensor
+
+
+def linear_loss(
+    hidden_states: Tensor,  # (T, H) or (B, S, H)
+    weight: Tensor,  # (V, H)
+    target_ids: Tensor,  # (T,) or (B, S) int64
+    token_loss: Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor],
+    completion_mask: Tensor | None = None,  # (T,) or (B, S) bool
+    *,
+    bias: Tensor | None = None,  # (V,)
+    lora_A: Tensor | None = None,  # (R, H)
+    lora_B: Tensor | None = None,  # (V, R)
+    lora_scaling: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    process_group: "ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+) -> LinearLoss:
+    """`token_loss(logps[rows], entropy[rows], rows).sum()`, `rows` the indices of the valid tokens."""
+    logps, entropy, _ = linear_logps(
+        hidden_states,
+        weight,
+        target_ids,
+        completion_mask,
+        bias=bias,
+        lora_A=lora_A,
+        lora_B=lora_B,
+        lora_scaling=lora_scaling,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        process_group=process_group,
+        vocab_start=vocab_start,
+    )
+    valid = torch.ones_like(target_ids, dtype=torch.bool) if completion_mask is None else completion_mask
+    rows = valid.nonzero(as_tuple=True)
+    loss = token_loss(logps[rows], entropy[rows], rows).sum()
+    return LinearLoss(loss, logps.detach(), entropy.detach())

@@ -1,0 +1,38 @@
+"""Rewards, before and after shaping."""
+
+import torch
+from torch import Tensor
+
+from rpp_kernels.reference.advantages import whiten
+from rpp_kernels.reference.shared import padded, result_dtype, select, unpadded
+
+
+def token_rewards(
+    scores: Tensor,  # (B,)
+    kl: Tensor,  # (B, S) or (T,)
+    completion_mask: Tensor | None = None,  # same, bool
+    *,
+    beta: float,
+    cu_seqlens: Tensor | None = None,  # (B+1,)
+) -> Tensor:
+    """r_t = 1[t is the last valid token] * score - beta * kl_t [R++ eq. 4-5]. An empty sequence has no token to pay."""
+    dtype = result_dtype(kl)
+    kl, mask, packed_at = padded(kl.to(dtype), completion_mask, cu_seqlens)
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    rewards = -beta * kl + torch.where(last, scores.to(dtype)[:, None], 0.0)
+    return unpadded(select(rewards, mask), packed_at)
+
+
+def normalize_rewards(
+    scores: Tensor,  # (B,)
+    *,
+    zscore: bool = True,
+    clip: tuple[float, float] | None = (-10.0, 10.0),
+    scale: float = 1.0,
+    eps: float = 1e-8,
+) -> Tensor:
+    """scale * clip((scores - mean) / std, low, high) [R++ 3.4]; population std with variance floored at eps."""
+    scores = whiten(scores, eps=eps) if zscore else scores.to(result_dtype(scores))
+    if clip is not None:
+        scores = scores.clamp(*clip)
+    return scale * scores
