@@ -28,12 +28,12 @@ Tensor kl_bwd(Tensor dkl, Tensor logps, Tensor ref_logps, MaybeTensor mask, int6
 
 Tensor token_rewards_fwd(Tensor scores, Tensor kl, MaybeTensor mask, Tensor cu_seqlens, double beta);
 std::tuple<Tensor, Tensor> token_rewards_bwd(Tensor drewards, MaybeTensor mask, Tensor cu_seqlens, double beta);
-Tensor returns_fwd(Tensor rewards, MaybeTensor mask, Tensor cu_seqlens, double gamma);
-Tensor returns_bwd(Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens, double gamma);
+Tensor returns_fwd(Tensor rewards, MaybeTensor mask, Tensor cu_seqlens, double gamma, int64_t gap);
+Tensor returns_bwd(Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens, double gamma, int64_t gap);
 std::tuple<Tensor, Tensor> gae_fwd(Tensor rewards, Tensor values, MaybeTensor mask, Tensor cu_seqlens, double gamma,
-                                   double gae_lambda);
+                                   double gae_lambda, int64_t gap);
 std::tuple<Tensor, Tensor> gae_bwd(Tensor dadvantages, Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens,
-                                   double gamma, double gae_lambda);
+                                   double gamma, double gae_lambda, int64_t gap);
 
 Tensor moments(Tensor values, MaybeTensor mask);
 void whiten_out(Tensor out, Tensor values, MaybeTensor mask, Tensor moments, bool shift_mean, bool unbiased, double eps,
@@ -44,11 +44,13 @@ std::tuple<Tensor, Tensor> reinforce_pp_fwd(Tensor scores, Tensor old_logps, May
                                             Tensor cu_seqlens, double beta, double gamma, int64_t estimator,
                                             double log_ratio_clamp, double kl_clamp);
 
-Tensor group_advantages_fwd(Tensor scores, MaybeTensor group_index, int64_t group_size, int64_t num_groups,
-                            int64_t baseline, int64_t std, bool unbiased, double eps, bool keep_singletons);
-Tensor group_advantages_bwd(Tensor dadvantages, Tensor scores, MaybeTensor group_index, int64_t group_size,
-                            int64_t num_groups, int64_t baseline, int64_t std, bool unbiased, double eps,
-                            bool keep_singletons);
+// `moments` are those of all scores, where these are but a part of them; there is no gradient through others.
+Tensor group_advantages_fwd(Tensor scores, MaybeTensor group_index, MaybeTensor lengths, MaybeTensor moments,
+                            int64_t group_size, int64_t num_groups, int64_t baseline, int64_t std, bool unbiased,
+                            double eps, bool keep_singletons);
+Tensor group_advantages_bwd(Tensor dadvantages, Tensor scores, MaybeTensor group_index, MaybeTensor lengths,
+                            int64_t group_size, int64_t num_groups, int64_t baseline, int64_t std, bool unbiased,
+                            double eps, bool keep_singletons);
 
 std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(Tensor logps, Tensor old_logps, Tensor advantages,
                                                    bool sequence_advantages, MaybeTensor mask, Tensor cu_seqlens,

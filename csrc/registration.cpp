@@ -37,13 +37,15 @@ STABLE_TORCH_LIBRARY(rpp_kernels_C, m) {
       " float kl_clamp) -> Tensor");
   m.def("token_rewards_fwd(Tensor scores, Tensor kl, Tensor? mask, Tensor cu_seqlens, float beta) -> Tensor");
   m.def("token_rewards_bwd(Tensor drewards, Tensor? mask, Tensor cu_seqlens, float beta) -> (Tensor, Tensor)");
-  m.def("returns_fwd(Tensor rewards, Tensor? mask, Tensor cu_seqlens, float gamma) -> Tensor");
-  m.def("returns_bwd(Tensor dreturns, Tensor? mask, Tensor cu_seqlens, float gamma) -> Tensor");
+  m.def("returns_fwd(Tensor rewards, Tensor? mask, Tensor cu_seqlens, float gamma, int gap) -> Tensor");
+  m.def("returns_bwd(Tensor dreturns, Tensor? mask, Tensor cu_seqlens, float gamma, int gap) -> Tensor");
   m.def(
-      "gae_fwd(Tensor rewards, Tensor values, Tensor? mask, Tensor cu_seqlens, float gamma, float gae_lambda)"
+      "gae_fwd(Tensor rewards, Tensor values, Tensor? mask, Tensor cu_seqlens, float gamma, float gae_lambda,"
+      " int gap)"
       " -> (Tensor, Tensor)");
   m.def(
-      "gae_bwd(Tensor dadvantages, Tensor dreturns, Tensor? mask, Tensor cu_seqlens, float gamma, float gae_lambda)"
+      "gae_bwd(Tensor dadvantages, Tensor dreturns, Tensor? mask, Tensor cu_seqlens, float gamma, float gae_lambda,"
+      " int gap)"
       " -> (Tensor, Tensor)");
   m.def("moments(Tensor values, Tensor? mask) -> Tensor");
   m.def(
@@ -56,11 +58,11 @@ STABLE_TORCH_LIBRARY(rpp_kernels_C, m) {
       "reinforce_pp_fwd(Tensor scores, Tensor old_logps, Tensor? ref_logps, Tensor? mask, Tensor cu_seqlens,"
       " float beta, float gamma, int estimator, float log_ratio_clamp, float kl_clamp) -> (Tensor, Tensor)");
   m.def(
-      "group_advantages_fwd(Tensor scores, Tensor? group_index, int group_size, int num_groups, int baseline, int std,"
-      " bool unbiased, float eps, bool keep_singletons) -> Tensor");
+      "group_advantages_fwd(Tensor scores, Tensor? group_index, Tensor? lengths, Tensor? moments, int group_size,"
+      " int num_groups, int baseline, int std, bool unbiased, float eps, bool keep_singletons) -> Tensor");
   m.def(
-      "group_advantages_bwd(Tensor dadvantages, Tensor scores, Tensor? group_index, int group_size, int num_groups,"
-      " int baseline, int std, bool unbiased, float eps, bool keep_singletons) -> Tensor");
+      "group_advantages_bwd(Tensor dadvantages, Tensor scores, Tensor? group_index, Tensor? lengths, int group_size,"
+      " int num_groups, int baseline, int std, bool unbiased, float eps, bool keep_singletons) -> Tensor");
   m.def(
       "policy_loss_fwd(Tensor logps, Tensor old_logps, Tensor advantages, bool sequence_advantages, Tensor? mask,"
       " Tensor cu_seqlens, float epsilon_low, float epsilon_high, float dual_clip, float log_ratio_clamp, bool "

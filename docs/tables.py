@@ -24,9 +24,13 @@ KERNELS = {
     "gae": ["gae_fwd", "gae_bwd"],
     "whiten": ["moments", "whiten_out", "whiten_bwd"],
     "group_advantages": ["group_advantages_fwd", "group_advantages_bwd"],
+    "best_of_group": [],
+    "informative_groups": [],
     "reinforce_pp_advantages": ["reinforce_pp_fwd", "whiten_out"],
     "policy_loss": ["policy_loss_fwd", "policy_loss_bwd"],
     "value_loss": ["value_loss_fwd"],
+    "num_items_in_batch": [],
+    "sum_over_ranks": [],
 }
 
 

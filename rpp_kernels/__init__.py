@@ -6,7 +6,7 @@ Every function is pure, takes padded (B, S) or packed (T,) tensors, and has its 
 
 from rpp_kernels.backends import use_backend
 from rpp_kernels.ops.advantages import gae, returns, whiten
-from rpp_kernels.ops.groups import group_advantages
+from rpp_kernels.ops.groups import best_of_group, group_advantages, informative_groups
 from rpp_kernels.ops.kl import kl_penalty
 from rpp_kernels.ops.linear_logps import linear_logps
 from rpp_kernels.ops.linear_loss import linear_loss
@@ -15,6 +15,7 @@ from rpp_kernels.ops.logps import logps_from_logits
 from rpp_kernels.ops.policy_loss import policy_loss, value_loss
 from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.ops.rewards import normalize_rewards, token_rewards
+from rpp_kernels.ops.totals import num_items_in_batch, sum_over_ranks
 from rpp_kernels.reference import (
     GAE,
     LinearLoss,
@@ -37,17 +38,21 @@ __all__ = [
     "TokenLogps",
     "ValueLoss",
     "ValueStats",
+    "best_of_group",
     "gae",
     "group_advantages",
+    "informative_groups",
     "kl_penalty",
     "linear_logps",
     "linear_loss",
     "linear_policy_loss",
     "logps_from_logits",
     "normalize_rewards",
+    "num_items_in_batch",
     "policy_loss",
     "reinforce_pp_advantages",
     "returns",
+    "sum_over_ranks",
     "token_rewards",
     "use_backend",
     "value_loss",

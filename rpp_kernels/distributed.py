@@ -44,7 +44,7 @@ def concatenated(x: Tensor, process_group: "ProcessGroup") -> tuple[Tensor, int]
 
 
 def merged_moments(moments: Tensor, process_group: "ProcessGroup") -> Tensor:
-    """Count, mean and sum of squared deviations (3,) of all ranks' values, from those of each rank (Chan et al. 1979)."""
+    """Count, mean and sum of squared deviations (3,) of all ranks' values, from each rank's (Chan et al. 1979)."""
     counts, means, squares = gathered(moments, process_group).unbind(1)
     count = counts.sum()
     mean = torch.where(counts > 0, counts * means, 0.0).sum() / count.clamp(min=1)

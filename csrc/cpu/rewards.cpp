@@ -55,6 +55,34 @@ struct Sequences {
   }
 };
 
+// What a masked token does to the sum that passes it: nothing, start it anew, or discount it as any token does.
+enum class Gap : int64_t { carry = 0, reset = 1, step = 2 };
+
+double factor_of_masked(Gap gap, double gamma) { return gap == Gap::step ? gamma : 1; }
+
+// carry_t = valid ? x_t + gamma carry : factor_of_masked carry. Between two valid tokens lie as many factors from
+// either side, so that the gradient of the returns is the same sum from the other end.
+template <bool forward>
+Tensor discounted(const Tensor& x, const MaybeTensor& mask, const Tensor& cu_seqlens, double gamma, Gap gap) {
+  return for_float_type(x, [&]<class T>(T*) {
+    const Sequences s(cu_seqlens, mask, x);
+    const T* data = data_of<T>(x, s.tokens, "x");
+    Tensor result;
+    T* out = new_like<T>(x, {s.tokens}, result);
+    const double discount[] = {factor_of_masked(gap, gamma), gamma};
+    const auto scan = [&]<bool resets>(std::bool_constant<resets>) {
+      s.parallel_scan<double, forward>([=](double& carry, int64_t t) {
+        const bool valid = s.valid(t);
+        carry = kept(valid, data[t]) + discount[valid] * carry;
+        if constexpr (resets) carry = kept(valid, carry);  // selected, not multiplied by 0: it may be NaN
+        out[t] = kept(valid, static_cast<T>(carry));
+      });
+    };
+    gap == Gap::reset ? scan(std::true_type{}) : scan(std::false_type{});
+    return result;
+  });
+}
+
 }  // namespace
 
 Tensor token_rewards_fwd(Tensor scores, Tensor kl, MaybeTensor mask, Tensor cu_seqlens, double beta) {
@@ -89,40 +117,16 @@ std::tuple<Tensor, Tensor> token_rewards_bwd(Tensor drewards, MaybeTensor mask, 
   });
 }
 
-Tensor returns_fwd(Tensor rewards, MaybeTensor mask, Tensor cu_seqlens, double gamma) {
-  return for_float_type(rewards, [&]<class T>(T*) {
-    const Sequences s(cu_seqlens, mask, rewards);
-    const T* r = data_of<T>(rewards, s.tokens, "rewards");
-    Tensor result;
-    T* out = new_like<T>(rewards, {s.tokens}, result);
-    const double discount[] = {1, gamma};  // a masked token passes the carry on
-    s.parallel_scan<double>([=](double& carry, int64_t t) {
-      const bool valid = s.valid(t);
-      carry = kept(valid, r[t]) + discount[valid] * carry;
-      out[t] = kept(valid, static_cast<T>(carry));
-    });
-    return result;
-  });
+Tensor returns_fwd(Tensor rewards, MaybeTensor mask, Tensor cu_seqlens, double gamma, int64_t gap) {
+  return discounted<false>(rewards, mask, cu_seqlens, gamma, static_cast<Gap>(gap));
 }
 
-Tensor returns_bwd(Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens, double gamma) {
-  return for_float_type(dreturns, [&]<class T>(T*) {
-    const Sequences s(cu_seqlens, mask, dreturns);
-    const T* d = data_of<T>(dreturns, s.tokens, "dreturns");
-    Tensor result;
-    T* out = new_like<T>(dreturns, {s.tokens}, result);
-    const double discount[] = {1, gamma};
-    s.parallel_scan<double, true>([=](double& carry, int64_t t) {
-      const bool valid = s.valid(t);
-      carry = kept(valid, d[t]) + discount[valid] * carry;
-      out[t] = kept(valid, static_cast<T>(carry));
-    });
-    return result;
-  });
+Tensor returns_bwd(Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens, double gamma, int64_t gap) {
+  return discounted<true>(dreturns, mask, cu_seqlens, gamma, static_cast<Gap>(gap));
 }
 
 std::tuple<Tensor, Tensor> gae_fwd(Tensor rewards, Tensor values, MaybeTensor mask, Tensor cu_seqlens, double gamma,
-                                   double gae_lambda) {
+                                   double gae_lambda, int64_t gap) {
   return for_float_type(rewards, [&]<class T>(T*) {
     const Sequences s(cu_seqlens, mask, rewards);
     const T* r = data_of<T>(rewards, s.tokens, "rewards");
@@ -130,13 +134,16 @@ std::tuple<Tensor, Tensor> gae_fwd(Tensor rewards, Tensor values, MaybeTensor ma
     Tensor advantages, targets;
     T* out = new_like<T>(rewards, {s.tokens}, advantages);
     T* out_targets = new_like<T>(rewards, {s.tokens}, targets);
+    const bool steps = static_cast<Gap>(gap) == Gap::step;
     s.parallel_scan<GaeCarry>([=](GaeCarry& carry, int64_t t) {
       out[t] = out_targets[t] = 0;
-      if (!s.valid(t)) return;
-      carry.advantage = r[t] + gamma * carry.next_value - v[t] + gamma * gae_lambda * carry.advantage;
-      carry.next_value = v[t];
-      out[t] = static_cast<T>(carry.advantage);
-      out_targets[t] = static_cast<T>(carry.advantage + carry.next_value);
+      const bool valid = s.valid(t);
+      if (!valid && !steps) return;
+      const double reward = kept(valid, r[t]), value = kept(valid, v[t]);
+      carry.advantage = reward + gamma * carry.next_value - value + gamma * gae_lambda * carry.advantage;
+      carry.next_value = value;
+      out[t] = kept(valid, static_cast<T>(carry.advantage));
+      out_targets[t] = kept(valid, static_cast<T>(carry.advantage + value));
     });
     return std::tuple{advantages, targets};
   });
@@ -144,7 +151,7 @@ std::tuple<Tensor, Tensor> gae_fwd(Tensor rewards, Tensor values, MaybeTensor ma
 
 // The transposed scan: c_t = (dadvantages_t + dreturns_t) + gamma lambda c_{t-1} is d(loss)/d(delta_t).
 std::tuple<Tensor, Tensor> gae_bwd(Tensor dadvantages, Tensor dreturns, MaybeTensor mask, Tensor cu_seqlens,
-                                   double gamma, double gae_lambda) {
+                                   double gamma, double gae_lambda, int64_t gap) {
   return for_float_type(dadvantages, [&]<class T>(T*) {
     const Sequences s(cu_seqlens, mask, dadvantages);
     const T* da = data_of<T>(dadvantages, s.tokens, "dadvantages");
@@ -152,7 +159,7 @@ std::tuple<Tensor, Tensor> gae_bwd(Tensor dadvantages, Tensor dreturns, MaybeTen
     Tensor drewards, dvalues;
     T* out_rewards = new_like<T>(dadvantages, {s.tokens}, drewards);
     T* out_values = new_like<T>(dadvantages, {s.tokens}, dvalues);
-    const double discount[] = {1, gamma * gae_lambda};
+    const double discount[] = {factor_of_masked(static_cast<Gap>(gap), gamma * gae_lambda), gamma * gae_lambda};
     s.parallel_scan<double, true>([=](double& ddelta, int64_t t) {
       const bool valid = s.valid(t);
       const double previous = ddelta;

@@ -89,6 +89,17 @@ def check_process_group(process_group: Any) -> None:
         fail("process_group", "a torch.distributed.ProcessGroup that this process is in", repr(process_group))
 
 
+def check_ranks(process_group: Any, **constants: Tensor | None) -> None:
+    """Where statistics are those of all ranks: what they are taken of is a constant."""
+    if process_group is None:
+        return
+    check_process_group(process_group)
+    for name, x in constants.items():
+        if x is not None and x.requires_grad:
+            wanted = "a constant (pass .detach()) with process_group: other ranks' statistics have no gradient here"
+            fail(name, wanted, "a tensor that requires grad")
+
+
 def check_target_ids(target_ids: Tensor, mask: Tensor | None, shape: Sequence[int], vocab: int, like: Tensor) -> None:
     if not isinstance(target_ids, Tensor) or target_ids.dtype != torch.int64:
         fail("target_ids", "an int64 tensor", describe(target_ids))

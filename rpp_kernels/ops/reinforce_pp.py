@@ -1,20 +1,31 @@
 """The advantages of REINFORCE++, fused: KL, terminal reward, return and moments in one pass, then one scale."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rpp_kernels import reference
 from rpp_kernels.backends import backend_of, kernels
+from rpp_kernels.distributed import group_name
 from rpp_kernels.ops import kernel_op, register_gradient
-from rpp_kernels.ops.advantages import EPS_MODES, check_discount, check_eps, returns_bwd, returns_fwd, whiten_bwd
+from rpp_kernels.ops.advantages import (
+    EPS_MODES,
+    GAPS,
+    check_discount,
+    check_eps,
+    over_ranks,
+    returns_bwd,
+    returns_fwd,
+    whiten_bwd,
+)
 from rpp_kernels.ops.checks import (
     check_choice,
     check_floats,
     check_like,
     check_mask,
     check_number,
+    check_ranks,
     check_shape,
     fail,
     flat,
@@ -25,8 +36,11 @@ from rpp_kernels.ops.checks import (
 from rpp_kernels.ops.kl import ESTIMATORS, INFINITY, check_clamps, kl_bwd, kl_fwd
 from rpp_kernels.ops.rewards import token_rewards_bwd, token_rewards_fwd
 
+if TYPE_CHECKING:  # some builds of torch have no torch.distributed
+    from torch.distributed import ProcessGroup
+
 LOG_RATIO_CLAMP = 20.0  # the default of kl_penalty, which this pipeline is defined by
-FLOOR = EPS_MODES["floor"]
+FLOOR, CARRY = EPS_MODES["floor"], GAPS["carry"]
 
 
 @kernel_op(lambda scores, old_logps, *_: (torch.empty_like(old_logps), old_logps.new_empty(3, dtype=torch.float64)))
@@ -41,6 +55,7 @@ def reinforce_pp_fwd(
     estimator: int,
     kl_clamp: float,
     eps: float,
+    group_name: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Also returns the moments that whitened: count, mean and sum of squared deviations, in float64."""
@@ -48,6 +63,7 @@ def reinforce_pp_fwd(
     returns, moments = run.reinforce_pp_fwd(
         scores, old_logps, ref_logps, mask, cu_seqlens, beta, gamma, estimator, LOG_RATIO_CLAMP, kl_clamp
     )
+    moments = over_ranks(moments, group_name)
     run.whiten_out(returns, returns, mask, moments, True, False, eps, FLOOR)  # in place: they are ours
     return returns, moments
 
@@ -60,18 +76,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dadvantages: Tensor, dmoments: Tensor) -> tuple[Tensor | None, ...]:
     """Step by step, through the gradients of the four ops that the pipeline fuses: no training loop comes here."""
     scores, old_logps, ref_logps, mask, cu_seqlens, moments = ctx.saved_tensors
-    beta, gamma, estimator, kl_clamp, eps, backend = ctx.options
+    beta, gamma, estimator, kl_clamp, eps, _, backend = ctx.options  # a group has no gradient
     clamps = LOG_RATIO_CLAMP, kl_clamp
     if ref_logps is None:
         kl = torch.zeros_like(old_logps)
     else:
         kl = kl_fwd(old_logps, ref_logps, mask, estimator, estimator, *clamps, backend)
     rewards = token_rewards_fwd(scores, kl, mask, cu_seqlens, beta, backend)
-    returns = returns_fwd(rewards, mask, cu_seqlens, gamma, backend)
+    returns = returns_fwd(rewards, mask, cu_seqlens, gamma, CARRY, backend)
     dreturns = whiten_bwd(dadvantages, returns, mask, moments, True, False, eps, FLOOR, backend)
-    drewards = returns_bwd(dreturns, mask, cu_seqlens, gamma, backend)
+    drewards = returns_bwd(dreturns, mask, cu_seqlens, gamma, CARRY, backend)
     dscores, dkl = token_rewards_bwd(drewards, mask, cu_seqlens, beta, backend)
-    none = (None,) * 8
+    none = (None,) * 9
     if ref_logps is None:
         return dscores, torch.zeros_like(old_logps), None, *none
     dold_logps = kl_bwd(dkl, old_logps, ref_logps, mask, estimator, *clamps, backend)
@@ -93,10 +109,11 @@ def reinforce_pp_advantages(
     kl_clamp: float | None = None,
     eps: float = 1e-8,
     cu_seqlens: Tensor | None = None,  # (B+1,)
+    process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """`whiten(returns(token_rewards(scores, kl_penalty(old_logps, ref_logps, mask), mask)))`, in one pass and a scale.
 
-    With gamma = 1 and k1 (REINFORCE++ 2501.03262 eq. 4-8), normalised over all valid tokens of this call:
+    With gamma = 1 and k1 (REINFORCE++ 2501.03262 eq. 4-8), normalised over all valid tokens of the batch:
 
         A_t = score - beta * sum over i >= t of (old_logps_i - ref_logps_i)
         advantages = (A - mean A) * rsqrt(max(var A, eps)), population variance
@@ -112,13 +129,15 @@ def reinforce_pp_advantages(
         kl_estimator, kl_clamp: as in `kl_penalty`; OpenRLHF clamps at 10.
         eps: floor of the variance.
         cu_seqlens: int32 or int64, where sequences start among packed tokens; without it log-probs are padded (B, S).
+        process_group: as in `whiten`: normalised over the valid tokens of all its ranks, each of which must call this.
 
     Returns:
         The shape of `old_logps`; float64 for float64 input, else float32. Differentiable in `scores`, `old_logps` and
-        `ref_logps`, though a training loop passes constants.
+        `ref_logps` without a process_group, though a training loop passes constants.
 
     Raises:
-        ValueError: a shape, dtype, device, estimator or range that is not as above.
+        ValueError: a shape, dtype, device, estimator or range that is not as above; with process_group, a tensor that
+            requires grad.
     """
     check_floats("old_logps", old_logps, (1, 2))
     starts = sequence_starts(old_logps, "old_logps", cu_seqlens)
@@ -134,6 +153,7 @@ def reinforce_pp_advantages(
     check_choice("kl_estimator", kl_estimator, [name for name in ESTIMATORS if name != "none"])
     check_clamps(LOG_RATIO_CLAMP, kl_clamp)
     check_eps(eps)
+    check_ranks(process_group, scores=scores, old_logps=old_logps, ref_logps=ref_logps)
     backend = backend_of(old_logps)
     if backend == "reference":
         return reference.reinforce_pp_advantages(
@@ -147,6 +167,7 @@ def reinforce_pp_advantages(
             kl_clamp=kl_clamp,
             eps=eps,
             cu_seqlens=cu_seqlens,
+            process_group=process_group,
         )
     dtype = result_dtype(old_logps)
     advantages, _ = reinforce_pp_fwd(
@@ -160,6 +181,7 @@ def reinforce_pp_advantages(
         ESTIMATORS[kl_estimator],
         INFINITY if kl_clamp is None else kl_clamp,
         eps,
+        group_name(process_group),
         backend,
     )
     result: Tensor = advantages.view(old_logps.shape)

@@ -1,6 +1,6 @@
 """Rewards: a score for each sequence and a KL for each token, made into a reward for each token."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from rpp_kernels.ops.checks import (
     check_floats,
     check_mask,
     check_number,
+    check_ranks,
     check_shape,
     fail,
     flat,
@@ -20,6 +21,9 @@ from rpp_kernels.ops.checks import (
     result_dtype,
     sequence_starts,
 )
+
+if TYPE_CHECKING:  # some builds of torch have no torch.distributed
+    from torch.distributed import ProcessGroup
 
 
 @kernel_op(lambda scores, kl, *_: torch.empty_like(kl))
@@ -100,6 +104,7 @@ def normalize_rewards(
     clip: tuple[float, float] | None = (-10.0, 10.0),
     scale: float = 1.0,
     eps: float = 1e-8,
+    process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """`scale * ((scores - scores.mean()) / scores.std(correction=0)).clamp(*clip)`, each step optional.
 
@@ -111,19 +116,21 @@ def normalize_rewards(
         zscore: subtract the mean and divide by the population standard deviation, its variance floored at `eps`.
         clip: (low, high), applied after the z-score; None for no clip.
         scale: applied last.
+        process_group: as in `whiten`: the z-score is over the scores of all its ranks, each of which must call this.
 
     Returns:
-        (B,), float64 for float64 input, else float32. Differentiable in `scores`.
+        (B,), float64 for float64 input, else float32. Differentiable in `scores` without a process_group.
 
     Raises:
-        ValueError: a shape, dtype or range that is not as above.
+        ValueError: a shape, dtype or range that is not as above; with process_group, `scores` that require grad.
     """
     check_floats("scores", scores, (1,))
     if clip is not None and not (isinstance(clip, (tuple, list)) and len(clip) == 2 and clip[0] < clip[1]):
         fail("clip", "(low, high) with low < high, or None", repr(clip))
     check_number("scale", scale, "a finite number", -1e30, 1e30)
+    check_ranks(process_group, scores=scores)
     # One path for every backend: the whitening is the only step with a kernel, the rest is B numbers.
-    scores = whiten(scores, eps=eps) if zscore else scores.to(result_dtype(scores))
+    scores = whiten(scores, eps=eps, process_group=process_group) if zscore else scores.to(result_dtype(scores))
     if clip is not None:
         scores = scores.clamp(*clip)
     return scale * scores

@@ -9,11 +9,12 @@ Masked positions may hold anything, NaN included: masking selects (`torch.where`
 are 0 and so are their gradients. Arithmetic and results are float32, or float64 where the input is float64.
 
 Papers: [R++] REINFORCE++ 2501.03262; [B2B] Back to Basics 2402.14740; [PPO] 1707.06347; [GAE] 1506.02438;
-[GRPO] 2402.03300; [GSPO] 2507.18071; [dual] dual clip 1912.09729; [KL] joschu.net/blog/kl-approx.html.
+[GRPO] 2402.03300; [GSPO] 2507.18071; [dual] dual clip 1912.09729; [KL] joschu.net/blog/kl-approx.html;
+[OPO] 2505.23585; [RAFT] 2304.06767; [DAPO] 2503.14476; [NeMo-RL] github.com/NVIDIA-NeMo/RL.
 """
 
 from rpp_kernels.reference.advantages import GAE, gae, returns, whiten
-from rpp_kernels.reference.groups import group_advantages
+from rpp_kernels.reference.groups import best_of_group, group_advantages, informative_groups
 from rpp_kernels.reference.kl import kl_penalty
 from rpp_kernels.reference.linear_loss import LinearLoss, linear_loss
 from rpp_kernels.reference.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
@@ -28,6 +29,7 @@ from rpp_kernels.reference.policy_loss import (
 )
 from rpp_kernels.reference.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.reference.rewards import normalize_rewards, token_rewards
+from rpp_kernels.reference.totals import num_items_in_batch, sum_over_ranks
 
 __all__ = [
     "GAE",
@@ -38,17 +40,21 @@ __all__ = [
     "TokenLogps",
     "ValueLoss",
     "ValueStats",
+    "best_of_group",
     "gae",
     "group_advantages",
+    "informative_groups",
     "kl_penalty",
     "linear_logps",
     "linear_loss",
     "linear_policy_loss",
     "logps_from_logits",
     "normalize_rewards",
+    "num_items_in_batch",
     "policy_loss",
     "reinforce_pp_advantages",
     "returns",
+    "sum_over_ranks",
     "token_rewards",
     "value_loss",
     "whiten",

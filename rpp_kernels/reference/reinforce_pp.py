@@ -1,10 +1,15 @@
 """The advantages of REINFORCE++."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from rpp_kernels.reference.advantages import returns, whiten
 from rpp_kernels.reference.kl import kl_penalty
 from rpp_kernels.reference.rewards import token_rewards
+
+if TYPE_CHECKING:  # some builds of torch have no torch.distributed
+    from torch.distributed import ProcessGroup
 
 
 def reinforce_pp_advantages(
@@ -19,6 +24,7 @@ def reinforce_pp_advantages(
     kl_clamp: float | None = None,
     eps: float = 1e-8,
     cu_seqlens: Tensor | None = None,  # (B+1,)
+    process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """REINFORCE++ [R++ eq. 4-8]: A = whiten(returns(token_rewards(scores, kl_penalty(old_logps, ref_logps)))).
 
@@ -28,4 +34,5 @@ def reinforce_pp_advantages(
         ref_logps = old_logps.detach()
     kl = kl_penalty(old_logps, ref_logps, completion_mask, estimator=kl_estimator, kl_clamp=kl_clamp)
     rewards = token_rewards(scores, kl, completion_mask, beta=beta, cu_seqlens=cu_seqlens)
-    return whiten(returns(rewards, completion_mask, gamma=gamma, cu_seqlens=cu_seqlens), completion_mask, eps=eps)
+    advantages = returns(rewards, completion_mask, gamma=gamma, cu_seqlens=cu_seqlens)
+    return whiten(advantages, completion_mask, eps=eps, process_group=process_group)

@@ -1,10 +1,15 @@
 """Rewards, before and after shaping."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from rpp_kernels.reference.advantages import whiten
 from rpp_kernels.reference.shared import padded, result_dtype, select, unpadded
+
+if TYPE_CHECKING:  # some builds of torch have no torch.distributed
+    from torch.distributed import ProcessGroup
 
 
 def token_rewards(
@@ -30,9 +35,10 @@ def normalize_rewards(
     clip: tuple[float, float] | None = (-10.0, 10.0),
     scale: float = 1.0,
     eps: float = 1e-8,
+    process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """scale * clip((scores - mean) / std, low, high) [R++ 3.4]; population std with variance floored at eps."""
-    scores = whiten(scores, eps=eps) if zscore else scores.to(result_dtype(scores))
+    scores = whiten(scores, eps=eps, process_group=process_group) if zscore else scores.to(result_dtype(scores))
     if clip is not None:
         scores = scores.clamp(*clip)
     return scale * scores

@@ -195,13 +195,14 @@ def op_cases():
     with torch.no_grad():
         _, *forward = torch.ops.rpp_kernels.logps_fwd(logits, ids, mask, 0.7, None, backend)
         linear = torch.ops.rpp_kernels.linear_logps_fwd(*plain, 8, False)[1:5]
-        _, moments = torch.ops.rpp_kernels.whiten_fwd(advantages, mask, True, False, 1e-8, 0, backend)
+        _, moments = torch.ops.rpp_kernels.whiten_fwd(advantages, mask, True, False, 1e-8, 0, "", backend)
     policy = x["logps"], x["old_logps"]
     clips = 0.2, 0.2, math.inf, 20.0
-    group = 3, 4, 0, 1, True, 1e-6, False, backend
+    lengths = torch.arange(12).double()
+    group, others = (3, 0, 1, True, 1e-6, False), (0, 2, 3, True, 1e-6, True)
     group_ids = torch.tensor([0, 1, 0, 2, 1, 1, 0, 3, 3, 0, 0, 0])
     scores = torch.randn(12)
-    whitening = True, False, 1e-8, 0, backend
+    whitening = True, False, 1e-8, 0
     return {
         "logps_fwd": [(logits, ids, mask, 0.7, None, backend), (logits, ids, None, 1.0, rows + 0.5, backend)],
         "logps_bwd": [
@@ -221,16 +222,28 @@ def op_cases():
         "kl_bwd": [(rows, *policy, mask, 3, 20.0, 1.0, backend)],
         "token_rewards_fwd": [(x["scores"], x["kl"], mask, cu, 0.1, backend)],
         "token_rewards_bwd": [(rows, mask, cu, 0.1, backend)],
-        "returns_fwd": [(x["rewards"], mask, cu, 0.9, backend), (x["rewards"], None, cu, 0.9, backend)],
-        "returns_bwd": [(rows, mask, cu, 0.9, backend)],
-        "gae_fwd": [(x["rewards"], x["values"], mask, cu, 0.9, 0.8, backend)],
-        "gae_bwd": [(rows, rows + 1, mask, cu, 0.9, 0.8, backend)],
-        "whiten_fwd": [(advantages, mask, *whitening), (advantages, None, False, True, 1e-8, 2, backend)],
-        "whiten_bwd": [(rows, advantages, mask, moments, *whitening)],
-        "group_advantages_fwd": [(scores, None, *group), (scores, group_ids, 0, 12, *group[2:])],
-        "group_advantages_bwd": [(torch.rand(12), scores, None, *group)],
+        "returns_fwd": [(x["rewards"], m, cu, 0.9, gap, backend) for m, gap in ((mask, 0), (None, 1), (mask, 2))],
+        "returns_bwd": [(rows, mask, cu, 0.9, 1, backend)],
+        "gae_fwd": [(x["rewards"], x["values"], mask, cu, 0.9, 0.8, gap, backend) for gap in (0, 2)],
+        "gae_bwd": [(rows, rows + 1, mask, cu, 0.9, 0.8, 2, backend)],
+        "whiten_fwd": [
+            (advantages, mask, *whitening, "", backend),
+            (advantages, None, False, True, 1e-8, 2, "", backend),
+        ],
+        "whiten_bwd": [(rows, advantages, mask, moments, *whitening, backend)],
+        "group_advantages_fwd": [
+            (scores, None, None, *group, "", backend),
+            (scores, group_ids, lengths, *others, "", backend),
+        ],
+        "group_advantages_bwd": [
+            (torch.rand(12), scores, None, None, *group, backend),
+            (torch.rand(12), scores, group_ids, lengths, *others, backend),
+        ],
+        "best_of_group_fwd": [(scores, None, 3, ""), (scores, group_ids, 0, "")],
+        "informative_groups_fwd": [(scores, None, 3, ""), (scores, group_ids, 0, "")],
+        "sum_over_ranks_fwd": [(lengths, "")],
         "reinforce_pp_fwd": [
-            (x["scores"], x["old_logps"], ref, mask, cu, 0.1, 0.9, 3, math.inf, 1e-8, backend)
+            (x["scores"], x["old_logps"], ref, mask, cu, 0.1, 0.9, 3, math.inf, 1e-8, "", backend)
             for ref in (x["ref_logps"], None)
         ],
         "policy_loss_fwd": [
