@@ -14,13 +14,18 @@ from rpp_kernels.ops.linear_policy_loss import linear_policy_loss
 from rpp_kernels.ops.logps import logps_from_logits
 from rpp_kernels.ops.policy_loss import policy_loss, value_loss
 from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages
-from rpp_kernels.ops.rewards import normalize_rewards, token_rewards
+from rpp_kernels.ops.rewards import normalize_rewards, overlong_penalty, token_rewards
+from rpp_kernels.ops.rollout import rollout_weights
+from rpp_kernels.ops.running_mean import RunningMean
+from rpp_kernels.ops.selection import clip_cov_weights, kl_cov_mask, top_entropy_mask
 from rpp_kernels.reference import (
     GAE,
     LinearLoss,
     LinearPolicyLoss,
     PolicyLoss,
     PolicyStats,
+    RolloutStats,
+    RolloutWeights,
     TokenLogps,
     ValueLoss,
     ValueStats,
@@ -34,21 +39,29 @@ __all__ = [
     "LinearPolicyLoss",
     "PolicyLoss",
     "PolicyStats",
+    "RolloutStats",
+    "RolloutWeights",
+    "RunningMean",
     "TokenLogps",
     "ValueLoss",
     "ValueStats",
+    "clip_cov_weights",
     "gae",
     "group_advantages",
+    "kl_cov_mask",
     "kl_penalty",
     "linear_logps",
     "linear_loss",
     "linear_policy_loss",
     "logps_from_logits",
     "normalize_rewards",
+    "overlong_penalty",
     "policy_loss",
     "reinforce_pp_advantages",
     "returns",
+    "rollout_weights",
     "token_rewards",
+    "top_entropy_mask",
     "use_backend",
     "value_loss",
     "whiten",
