@@ -151,6 +151,27 @@ def _eager_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, com
     return masked_mean(torch.maximum(plain, clipped)), clipped_share, approx_kl
 
 
+# ---------------------------------------------------------------- weights against the mismatch of a rollout engine
+
+
+def _rollout_data() -> Data:
+    batch = _batch("old_logps", "ref_logps", "completion_mask")
+    # A mismatch of 0.01 nats a token: over a sequence it adds up to a ratio that is sometimes beyond 2.
+    sampling_logps = batch["old_logps"].lerp(batch.pop("ref_logps"), 1 / 30)
+    return Data(batch | {"sampling_logps": sampling_logps})
+
+
+def _weights_and_kl(result: rpp.RolloutWeights) -> Outputs:
+    return result.weights, result.stats.kl / result.stats.num_tokens
+
+
+def _eager_rollout_weights(old_logps: Tensor, sampling_logps: Tensor, completion_mask: Tensor) -> Outputs:
+    """With the statistic that every training loop logs beside it."""
+    log_ratio = (old_logps - sampling_logps) * completion_mask
+    ratio = log_ratio.sum(1, keepdim=True).clamp(-20, 20).exp()
+    return ratio.clamp(max=2) * completion_mask, -log_ratio.sum() / completion_mask.sum()
+
+
 # ---------------------------------------------------------------- the table
 
 CASES = [
@@ -252,6 +273,21 @@ CASES = [
             forward=(13 * TOKENS, 0),
             backward=(0, 4 * TOKENS),
         ),
+        tolerance=1e-4,
+    ),
+    Case(
+        name="rollout_weights",
+        op="rollout_weights of sequences, truncated, with the KL",
+        shape=_SCAN_SHAPE,
+        why="the weights of one whole rollout batch",
+        data=_rollout_data,
+        spec=lambda **inputs: _weights_and_kl(reference.rollout_weights(**inputs, level="sequence")),
+        competitors={
+            OURS: plain(lambda **inputs: _weights_and_kl(rpp.rollout_weights(**inputs, level="sequence"))),
+            "eager": plain(_eager_rollout_weights),
+            "torch.compile": compiled(_eager_rollout_weights),
+        },
+        floor=memory_floor("two log-probs and mask read, weights written, once", forward=(9 * TOKENS, 4 * TOKENS)),
         tolerance=1e-4,
     ),
     *LINEAR_CASES,

@@ -183,6 +183,27 @@ RPP_HD F kl_slope(F d, KlClamps<F> clamps) {  // d(kl_value) / d(d)
   return (kl > clamps.value) | (kl < -clamps.value) ? F{} : slope;
 }
 
+// ---- weights against the mismatch of a rollout engine
+
+template <class F>
+struct RolloutBounds {
+  F log_ratio, low, high;
+  F below, above;  // the weights of ratios outside [low, high]
+};
+
+template <class F>
+struct RolloutWeight {
+  F weight;
+  Mask<F> low, high;
+};
+
+template <class F>
+RPP_HD RolloutWeight<F> rollout_weight(F log_ratio, RolloutBounds<F> bounds) {  // a NaN stays NaN
+  const F ratio = exponential(clamp(log_ratio, -bounds.log_ratio, bounds.log_ratio));
+  const Mask<F> low = ratio<bounds.low, high = ratio> bounds.high;
+  return {low ? bounds.below : (high ? bounds.above : ratio), low, high};
+}
+
 // ---- clipped surrogate and clipped critic loss
 
 template <class F>

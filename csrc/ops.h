@@ -62,4 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> value_loss_fwd(Tensor values, Tensor old_valu
                                                   Tensor cu_seqlens, double epsilon, bool sequence_mean,
                                                   bool per_token);
 
+std::tuple<Tensor, Tensor> rollout_weights_fwd(Tensor old_logps, Tensor sampling_logps, MaybeTensor mask,
+                                               Tensor cu_seqlens, int64_t level, bool truncate, double low, double high,
+                                               double log_ratio_clamp);
+
 }  // namespace rpp

@@ -72,6 +72,9 @@ STABLE_TORCH_LIBRARY(rpp_kernels_C, m) {
   m.def(
       "value_loss_fwd(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor cu_seqlens,"
       " float epsilon, bool sequence_mean, bool per_token) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rollout_weights_fwd(Tensor old_logps, Tensor sampling_logps, Tensor? mask, Tensor cu_seqlens, int level,"
+      " bool truncate, float low, float high, float log_ratio_clamp) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CompositeExplicitAutograd, m) {
@@ -100,6 +103,7 @@ STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CPU, m) {
   m.impl("policy_loss_fwd", TORCH_BOX(&rpp::policy_loss_fwd));
   m.impl("policy_loss_bwd", TORCH_BOX(&rpp::policy_loss_bwd));
   m.impl("value_loss_fwd", TORCH_BOX(&rpp::value_loss_fwd));
+  m.impl("rollout_weights_fwd", TORCH_BOX(&rpp::rollout_weights_fwd));
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

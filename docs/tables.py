@@ -11,7 +11,7 @@ import rpp_kernels as rpp
 
 README = Path(__file__).parents[1] / "README.md"
 
-# Public function -> its native kernels, or the function whose kernels it is made of.
+# Public function -> the native kernels it is made of; none of those that are plain PyTorch everywhere.
 KERNELS = {
     "linear_policy_loss": ["chunk_logps_fwd", "chunk_logps_bwd_out", "policy_loss_fwd"],
     "linear_loss": ["chunk_logps_fwd", "chunk_logps_bwd_out"],
@@ -20,6 +20,7 @@ KERNELS = {
     "kl_penalty": ["kl_fwd", "kl_bwd"],
     "token_rewards": ["token_rewards_fwd", "token_rewards_bwd"],
     "normalize_rewards": ["moments", "whiten_out", "whiten_bwd"],
+    "overlong_penalty": [],
     "returns": ["returns_fwd", "returns_bwd"],
     "gae": ["gae_fwd", "gae_bwd"],
     "whiten": ["moments", "whiten_out", "whiten_bwd"],
@@ -31,6 +32,10 @@ KERNELS = {
     "value_loss": ["value_loss_fwd"],
     "num_items_in_batch": [],
     "sum_over_ranks": [],
+    "rollout_weights": ["rollout_weights_fwd"],
+    "top_entropy_mask": [],
+    "clip_cov_weights": [],
+    "kl_cov_mask": [],
 }
 
 
@@ -47,6 +52,7 @@ def ops_table() -> str:
     for name, kernels in KERNELS.items():
         what = inspect.getdoc(getattr(rpp, name)).splitlines()[0].rstrip(".").replace("|", "\\|")
         cells = ["yes" if all(has_kernel(k, device) for k in kernels) else "no" for device in ("CPU", "CUDA")]
+        cells = cells if kernels else ["PyTorch", "PyTorch"]
         lines.append(f"| `{name}` | {what} | yes | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -16,12 +16,18 @@ from rpp_kernels.ops.policy_loss import policy_loss, value_loss
 from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.ops.rewards import normalize_rewards, token_rewards
 from rpp_kernels.ops.totals import num_items_in_batch, sum_over_ranks
+from rpp_kernels.ops.rewards import normalize_rewards, overlong_penalty, token_rewards
+from rpp_kernels.ops.rollout import rollout_weights
+from rpp_kernels.ops.running_mean import RunningMean
+from rpp_kernels.ops.selection import clip_cov_weights, kl_cov_mask, top_entropy_mask
 from rpp_kernels.reference import (
     GAE,
     LinearLoss,
     LinearPolicyLoss,
     PolicyLoss,
     PolicyStats,
+    RolloutStats,
+    RolloutWeights,
     TokenLogps,
     ValueLoss,
     ValueStats,
@@ -35,6 +41,9 @@ __all__ = [
     "LinearPolicyLoss",
     "PolicyLoss",
     "PolicyStats",
+    "RolloutStats",
+    "RolloutWeights",
+    "RunningMean",
     "TokenLogps",
     "ValueLoss",
     "ValueStats",
@@ -42,6 +51,10 @@ __all__ = [
     "gae",
     "group_advantages",
     "informative_groups",
+    "clip_cov_weights",
+    "gae",
+    "group_advantages",
+    "kl_cov_mask",
     "kl_penalty",
     "linear_logps",
     "linear_loss",
@@ -53,7 +66,13 @@ __all__ = [
     "reinforce_pp_advantages",
     "returns",
     "sum_over_ranks",
+    "overlong_penalty",
+    "policy_loss",
+    "reinforce_pp_advantages",
+    "returns",
+    "rollout_weights",
     "token_rewards",
+    "top_entropy_mask",
     "use_backend",
     "value_loss",
     "whiten",

@@ -1293,3 +1293,119 @@ def test_a_packed_batch_of_empty_sequences_has_no_tokens_and_no_nan(op):
     assert batch.mask.shape == (0,)
     outputs, _ = evaluate(op, batch)
     assert all((y == 0).all() for y in outputs)
+
+
+# ---------------------------------------------------------------- golden values: weights and choices of tokens
+
+# old_logps - sampling_logps: ln 2, -ln 2, ln 3, of sum ln 3 and mean ln 3 / 3; and ln 2 twice, a hole between them.
+ROLLOUT = f32([LN2, -LN2, LN3], [LN2, math.nan, LN2]), f32([0, 0, 0], [0, math.nan, 0]), bools([1, 1, 1], [1, 0, 1])
+BOUNDS = {"low": 0.6, "high": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("level", "outside", "expected", "below", "above"),
+    [
+        ("token", "truncate", [[2, 0.6, 2.5], [2, 0, 2]], 1, 1),
+        ("token", "mask", [[2, 0, 0], [2, 0, 2]], 1, 1),
+        ("sequence", "truncate", [[2.5, 2.5, 2.5], [2.5, 0, 2.5]], 0, 5),  # 3 and 4
+        ("sequence", "mask", [[0, 0, 0], [0, 0, 0]], 0, 5),
+        ("geometric", "truncate", [[1.442250] * 3, [2, 0, 2]], 0, 0),  # the cube root of 3; the root of 4
+        ("geometric", "mask", [[1.442250] * 3, [2, 0, 2]], 0, 0),
+    ],
+)
+def test_rollout_weights_golden(level, outside, expected, below, above):
+    result = reference.rollout_weights(*ROLLOUT, level=level, outside=outside, **BOUNDS)
+    assert_golden(result.weights, f32(*expected))
+    stats = result.stats
+    assert [stats.num_tokens.item(), stats.outside_low.item(), stats.outside_high.item()] == [5, below, above]
+    assert stats.weights.item() == pytest.approx(sum(map(sum, expected)), rel=1e-5)
+    assert stats.kl.item() == pytest.approx(-LN3 - 2 * LN2, rel=1e-5)  # ln 2 - ln 2 + ln 3, and ln 2 twice
+
+
+def test_rollout_weights_of_packed_tokens_and_the_clamp_of_the_log_ratio():
+    # Sums ln 6 and ln 3 / 2, brought to ln 2 and left alone; means ln 6 / 2 and ln 3 / 2, to ln 2 and left alone.
+    d, cu_seqlens = f32([LN2, LN3, LN3 / 2]), torch.tensor([0, 2, 2, 3])
+    for level in ("sequence", "geometric"):
+        weights = reference.rollout_weights(
+            d, 0 * d, level=level, high=math.inf, log_ratio_clamp=LN2, cu_seqlens=cu_seqlens
+        ).weights
+        assert_golden(weights, f32([2, 2, 1.732051]))
+
+
+def test_a_sequence_mask_of_token_weights_is_a_product():
+    each = reference.rollout_weights(*ROLLOUT, high=math.inf).weights
+    kept = reference.rollout_weights(*ROLLOUT, level="geometric", outside="mask", low=1.5, high=5.0).weights
+    assert_golden(each * (kept > 0), f32([0, 0, 0], [2, 0, 2]))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "expected"),
+    [
+        # Of 1, 2, 3, 4, 5 the quantile lies at place (1 - fraction) * 4:
+        (0.2, [0, 0, 0, 0, 1]),  # 3.2, between 4 and 5: 4.2
+        (0.5, [0, 1, 0, 1, 1]),  # 2: 3
+        (0.55, [0, 1, 0, 1, 1]),  # 1.8: 2.8
+        (1.0, [1, 1, 1, 1, 1]),  # 0: 1
+        (1e-9, [0, 0, 0, 0, 1]),  # 3.999999996: 4.999999996, and 5 in float32
+    ],
+)
+def test_top_entropy_mask_golden(fraction, expected):
+    entropy, mask = f32([1, 3, 2, 4, 5, 9, math.nan]), bools(1, 1, 1, 1, 1, 0, 0)
+    assert reference.top_entropy_mask(entropy, mask, fraction=fraction).tolist() == bools(*expected, 0, 0).tolist()
+
+
+def test_top_entropy_mask_interpolates_between_unequal_neighbours():
+    # Place 0.7 * 3 = 2.1 of 0, 2, 4, 14 is 4 + 0.1 * 10 = 5; place 0.4 * 3 = 1.2 is 2.4; ties are all chosen.
+    assert reference.top_entropy_mask(f32([14, 2, 0, 4]), fraction=0.3).tolist() == [True, False, False, False]
+    assert reference.top_entropy_mask(f32([14, 2, 0, 4]), fraction=0.6).tolist() == [True, False, False, True]
+    assert reference.top_entropy_mask(f32([2, 2, 2, 1]), fraction=0.1).tolist() == [True, True, True, False]
+
+
+# Advantages of mean 0 and log-probs of mean -3, but for what is masked: their products are 6, 0, 0, 2.
+COV = {"logps": f32([-1, -3, math.nan], [-3, -5, 0]), "advantages": f32([3, -1, 9], [-1, -1, math.nan])}
+COV_MASK = bools([1, 1, 0], [1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [[1, 1, 0], [1, 0, 0]]),  # 1 < 2 < 5, and 6 is beyond
+        ({"high": 7.0, "fraction": 0.5}, [[0, 1, 0], [1, 0, 0]]),  # both of 4 * 0.5
+        ({"low": 2.0}, [[1, 1, 0], [1, 1, 0]]),  # 2 < 2 is not
+        ({"low": -1.0, "high": 1.0, "fraction": 0.5}, [[1, 0, 0], [0, 1, 0]]),
+    ],
+)
+def test_clip_cov_weights_golden(options, expected):
+    weights = reference.clip_cov_weights(COV["logps"], COV["logps"], COV["advantages"], COV_MASK, **options)
+    assert weights.tolist() == f32(*expected).tolist()
+
+
+def test_clip_cov_weights_leave_clipped_tokens_alone():
+    # The only candidate has A = -1: a ratio of e^-0.3 = 0.74 is clipped, one of e^-0.2 = 0.82 or e^0.3 is not.
+    for change, weight in ((-0.3, 1), (-0.2, 0), (0.3, 0)):
+        old_logps = COV["logps"] - f32([0, 0, 0], [0, change, 0])
+        weights = reference.clip_cov_weights(COV["logps"], old_logps, COV["advantages"], COV_MASK)
+        assert weights.tolist() == [[1, 1, 0], [1, weight, 0]]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "expected"),
+    [
+        (2e-4, [[1, 0, 0], [0, 0, 0]]),  # at least one
+        (0.6, [[1, 0, 0], [0, 1, 0]]),  # 2.4
+        (0.75, [[1, 1, 0], [0, 1, 0]]),  # the first of equal ones
+        (1.0, [[1, 1, 0], [1, 1, 0]]),
+    ],
+)
+def test_kl_cov_mask_golden(fraction, expected):
+    mask = reference.kl_cov_mask(**COV, completion_mask=COV_MASK, fraction=fraction)
+    assert mask.tolist() == bools(*expected).tolist()
+
+
+def test_overlong_penalty_golden():
+    # A buffer of 4 before 10: it begins beyond 6, and every token of it costs a quarter.
+    lengths = torch.tensor([0, 6, 7, 8, 10, 15])
+    penalty = reference.overlong_penalty(lengths, max_completion_length=10, buffer_length=4)
+    assert_golden(penalty, f32([0, 0, -0.25, -0.5, -1, -1]))
+    penalty = reference.overlong_penalty(lengths, max_completion_length=10, buffer_length=10, scale=2.0)
+    assert_golden(penalty, f32([0, -1.2, -1.4, -1.6, -2, -2]))

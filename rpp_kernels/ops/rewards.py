@@ -11,10 +11,12 @@ from rpp_kernels.ops import kernel_op, register_gradient
 from rpp_kernels.ops.advantages import whiten
 from rpp_kernels.ops.checks import (
     check_floats,
+    check_integer,
     check_mask,
     check_number,
     check_ranks,
     check_shape,
+    describe,
     fail,
     flat,
     flat_mask,
@@ -134,3 +136,39 @@ def normalize_rewards(
     if clip is not None:
         scores = scores.clamp(*clip)
     return scale * scores
+
+
+def overlong_penalty(
+    lengths: Tensor,  # (B,) int32 or int64
+    *,
+    max_completion_length: int,
+    buffer_length: int,
+    scale: float = 1.0,
+) -> Tensor:
+    """`-scale * ((lengths - (max_completion_length - buffer_length)) / buffer_length).clamp(0, 1)`, to add to scores.
+
+    The soft overlong punishment of DAPO (2503.14476 eq. 13): nothing up to max_completion_length - buffer_length
+    tokens, then linearly down to -scale at max_completion_length, and -scale beyond.
+
+    Args:
+        lengths: tokens of each completion, `completion_mask.sum(1)`.
+        max_completion_length: positive.
+        buffer_length: from 1 to max_completion_length; DAPO has 4096 of 20480.
+        scale: the whole penalty, in the unit of the scores; not negative.
+
+    Returns:
+        (B,) float32, from -scale to 0.
+
+    Raises:
+        ValueError: a shape, dtype or range that is not as above.
+    """
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64) or lengths.dim() != 1:
+        fail("lengths", "an int32 or int64 tensor of shape (B,)", describe(lengths))
+    check_integer("max_completion_length", max_completion_length, "a positive integer", 1)
+    check_integer("buffer_length", buffer_length, "a positive integer", 1)
+    if buffer_length > max_completion_length:
+        fail("buffer_length", f"at most max_completion_length, which is {max_completion_length}", buffer_length)
+    check_number("scale", scale, "a finite number from 0", 0, 1e30)
+    return reference.overlong_penalty(
+        lengths, max_completion_length=max_completion_length, buffer_length=buffer_length, scale=scale
+    )

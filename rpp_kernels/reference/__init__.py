@@ -11,6 +11,7 @@ are 0 and so are their gradients. Arithmetic and results are float32, or float64
 Papers: [R++] REINFORCE++ 2501.03262; [B2B] Back to Basics 2402.14740; [PPO] 1707.06347; [GAE] 1506.02438;
 [GRPO] 2402.03300; [GSPO] 2507.18071; [dual] dual clip 1912.09729; [KL] joschu.net/blog/kl-approx.html;
 [OPO] 2505.23585; [RAFT] 2304.06767; [DAPO] 2503.14476; [NeMo-RL] github.com/NVIDIA-NeMo/RL.
+[DAPO] 2503.14476; [TIS] Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy training".
 """
 
 from rpp_kernels.reference.advantages import GAE, gae, returns, whiten
@@ -30,6 +31,9 @@ from rpp_kernels.reference.policy_loss import (
 from rpp_kernels.reference.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.reference.rewards import normalize_rewards, token_rewards
 from rpp_kernels.reference.totals import num_items_in_batch, sum_over_ranks
+from rpp_kernels.reference.rewards import normalize_rewards, overlong_penalty, token_rewards
+from rpp_kernels.reference.rollout import RolloutStats, RolloutWeights, rollout_weights
+from rpp_kernels.reference.selection import clip_cov_weights, kl_cov_mask, top_entropy_mask
 
 __all__ = [
     "GAE",
@@ -37,6 +41,8 @@ __all__ = [
     "LinearPolicyLoss",
     "PolicyLoss",
     "PolicyStats",
+    "RolloutStats",
+    "RolloutWeights",
     "TokenLogps",
     "ValueLoss",
     "ValueStats",
@@ -44,6 +50,10 @@ __all__ = [
     "gae",
     "group_advantages",
     "informative_groups",
+    "clip_cov_weights",
+    "gae",
+    "group_advantages",
+    "kl_cov_mask",
     "kl_penalty",
     "linear_logps",
     "linear_loss",
@@ -55,7 +65,13 @@ __all__ = [
     "reinforce_pp_advantages",
     "returns",
     "sum_over_ranks",
+    "overlong_penalty",
+    "policy_loss",
+    "reinforce_pp_advantages",
+    "returns",
+    "rollout_weights",
     "token_rewards",
+    "top_entropy_mask",
     "value_loss",
     "whiten",
 ]

@@ -42,3 +42,15 @@ def normalize_rewards(
     if clip is not None:
         scores = scores.clamp(*clip)
     return scale * scores
+
+
+def overlong_penalty(
+    lengths: Tensor,  # (B,) int32 or int64
+    *,
+    max_completion_length: int,
+    buffer_length: int,
+    scale: float = 1.0,
+) -> Tensor:
+    """scale * clamp((max_completion_length - buffer_length - length) / buffer_length, -1, 0) [DAPO eq. 13]."""
+    beyond = max_completion_length - buffer_length - lengths
+    return scale * (beyond.float() / buffer_length).clamp(-1, 0)

@@ -70,9 +70,10 @@ def unpadded(x: Tensor, packed_at: tuple[Tensor, Tensor] | None) -> Tensor:
 
 def per_token(advantages: Tensor, logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is not None:  # (T,) beside sequences is never mistaken for (B,): theirs is (B, 1)
-        return (
-            torch.repeat_interleave(advantages[:, 0], cu_seqlens.diff().long()) if advantages.dim() == 2 else advantages
-        )
+        if advantages.dim() == 1:
+            return advantages
+        lengths = cu_seqlens.diff().long()
+        return torch.repeat_interleave(advantages[:, 0], lengths, output_size=logps.shape[0])
     return (advantages[:, None] if advantages.dim() == 1 else advantages).expand_as(logps)
 
 

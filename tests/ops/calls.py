@@ -1,5 +1,6 @@
 """Every public function in every mode, as one call on the tensors of a batch: the rows of the tests of the ops."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -102,6 +103,26 @@ def _value(f, x, mask, cu_seqlens, reduction="token-mean", **options):
     )
 
 
+def _rollout(f, x, mask, cu_seqlens, **options):
+    return f.rollout_weights(x["old_logps"], x["ref_logps"], mask, cu_seqlens=cu_seqlens, **options)
+
+
+def _top_entropy(f, x, mask, _, **options):
+    return f.top_entropy_mask(x["kl"], mask, **options).float()
+
+
+def _clip_cov(f, x, mask, cu_seqlens, advantages="advantages"):
+    worth = x[advantages][:, None] if advantages in PER_SEQUENCE else x[advantages]
+    seed = torch.Generator().manual_seed(0)
+    options = {"fraction": 0.2, "low": 0.0, "high": 2.0, "cu_seqlens": cu_seqlens, "generator": seed}
+    return f.clip_cov_weights(x["logps"], x["old_logps"], worth, mask, **options)
+
+
+def _kl_cov(f, x, mask, cu_seqlens, advantages="advantages"):
+    worth = x[advantages][:, None] if advantages in PER_SEQUENCE else x[advantages]
+    return f.kl_cov_mask(x["logps"], worth, mask, fraction=0.2, cu_seqlens=cu_seqlens).float()
+
+
 LEVEL = {"importance_sampling_level": "sequence"}
 CALLS = {
     "logps_from_logits": Call(_logps, ("logits",)),
@@ -145,7 +166,23 @@ CALLS = {
     ),
     **{f"value_loss {r}": Call(partial(_value, reduction=r), ("values",)) for r in REDUCTIONS},
     "value_loss unclipped": Call(partial(_value, epsilon=None), ("values",)),
+    **{
+        f"rollout_weights {level} {outside}": Call(
+            partial(_rollout, level=level, outside=outside, low=0.8, high=1.3), ()
+        )
+        for level in ("token", "sequence", "geometric")
+        for outside in ("truncate", "mask")
+    },
+    "rollout_weights clamped": Call(partial(_rollout, level="sequence", high=math.inf, log_ratio_clamp=0.2), ()),
+    "top_entropy_mask": Call(_top_entropy, ()),
+    "clip_cov_weights": Call(_clip_cov, ()),
+    "clip_cov_weights of an advantage for each sequence": Call(partial(_clip_cov, advantages="scores"), ()),
+    "kl_cov_mask": Call(_kl_cov, ()),
+    "kl_cov_mask of an advantage for each sequence": Call(partial(_kl_cov, advantages="scores"), ()),
 }
+
+# Those that have a gradient: the others choose or weigh, and their results are constants.
+DIFFERENTIABLE = {name: call for name, call in CALLS.items() if call.differentiable}
 
 # One row for each public function with a mask: for checks that cost seconds.
 ONE_OF_EACH = {
@@ -163,6 +200,10 @@ ONE_OF_EACH = {
         "policy_loss token-mean",
         "policy_loss sequence none",
         "value_loss token-mean",
+        "rollout_weights token mask",
+        "rollout_weights sequence truncate",
+        "top_entropy_mask",
+        "kl_cov_mask",
     )
 }
 

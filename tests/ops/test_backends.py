@@ -257,6 +257,10 @@ def op_cases():
             (x["values"], x["old_values"], x["returns"], mask, cu, 0.2, False, per_token, backend)
             for per_token in (False, True)
         ],
+        "rollout_weights_fwd": [
+            (x["old_logps"], x["ref_logps"], mask, cu, level, truncate, 0.5, 2.0, 20.0, backend)
+            for level, truncate in ((0, False), (1, True), (2, False))
+        ],
     }
 
 
@@ -267,7 +271,7 @@ def registered_ops():
 
 def differentiable(name, arguments):
     """The arguments with what a forward op is differentiated in requiring grad; constants are refused above the op."""
-    constants = {"policy_loss_fwd": (1, 2), "value_loss_fwd": (1, 2)}.get(name, ())
+    constants = {"policy_loss_fwd": (1, 2), "value_loss_fwd": (1, 2), "rollout_weights_fwd": (0, 1)}.get(name, ())
     temperature = {"logps_fwd": 4, "linear_logps_fwd": 7}.get(name)
 
     def prepare(i, x):

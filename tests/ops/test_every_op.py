@@ -5,7 +5,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from calls import CALLS, LENGTHS, MASK, ONE_OF_EACH, is_per_token, to_device
+from calls import CALLS, DIFFERENTIABLE, LENGTHS, MASK, ONE_OF_EACH, is_per_token, to_device
 from hypothesis import HealthCheck, given, settings
 from strategies import Batch, packed, poisoned, ragged_batches, random_batch
 
@@ -17,6 +17,7 @@ assert_close = torch.testing.assert_close
 assert_identical = partial(assert_close, rtol=0, atol=0)
 
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+every_gradient = pytest.mark.parametrize("call", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
 one_of_each = pytest.mark.parametrize("call", ONE_OF_EACH.values(), ids=ONE_OF_EACH.keys())
 both_layouts = pytest.mark.parametrize("layout", [lambda batch: batch, packed], ids=["padded", "packed"])
 few_examples = settings(
@@ -74,7 +75,7 @@ def test_value_and_gradient_of_long_sequences_are_those_of_the_spec(name, device
     assert_close_to_reference(call.on(batch), batch.tensors, call.differentiable)
 
 
-@every_call
+@every_gradient
 @pytest.mark.kernels
 @both_layouts
 def test_gradcheck(call, layout, device):
@@ -222,7 +223,7 @@ def test_strided_inputs_give_what_contiguous_ones_give(call, view, dtype, backen
             assert_close(other, want, rtol=32 * eps, atol=32 * eps)
 
 
-@every_call
+@every_gradient
 def test_a_gradient_that_is_not_contiguous_is_as_good(call, backend, device):
     batch = to_device(random_batch(MASK, LENGTHS), device)
     inputs = {k: x.clone().requires_grad_(k in call.differentiable) for k, x in batch.tensors.items()}
@@ -235,7 +236,7 @@ def test_a_gradient_that_is_not_contiguous_is_as_good(call, backend, device):
     assert_same(backend, got, want)
 
 
-@every_call
+@every_gradient
 def test_one_number_expanded_is_a_gradient_too(call, backend, device):
     # What y.sum().backward() passes: strides of 0.
     batch = to_device(random_batch(MASK, LENGTHS), device)
@@ -258,7 +259,7 @@ def second_derivative(f, call, batch):
     return torch.autograd.grad(sum((g * g).sum() for g in first), x)
 
 
-@every_call
+@every_gradient
 @pytest.mark.kernels
 def test_a_second_derivative_is_refused_rather_than_wrong(call, device):
     batch = to_device(random_batch(MASK, LENGTHS), device)
@@ -267,7 +268,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong(call, device):
         second_derivative(rpp_kernels, call, batch)
 
 
-@every_call
+@every_gradient
 @pytest.mark.kernels
 def test_a_forward_mode_derivative_is_refused_rather_than_zero(call, device):
     batch = to_device(random_batch(MASK, LENGTHS), device)
@@ -295,7 +296,7 @@ def test_no_input_is_changed(call, dtype, backend, device):
         assert_identical(x, value)
 
 
-@one_of_each
+@pytest.mark.parametrize("call", [call for call in ONE_OF_EACH.values() if call.differentiable])
 def test_backward_twice_is_the_same_twice(call, backend, device):
     batch = to_device(random_batch(MASK, LENGTHS, dtype=torch.float32), device)
     inputs = {k: x.clone().requires_grad_(k in call.differentiable) for k, x in batch.tensors.items()}
