@@ -60,4 +60,11 @@ std::tuple<Tensor, Tensor, Tensor> value_loss_fwd(Tensor values, Tensor old_valu
                                                   Tensor cu_seqlens, double epsilon, bool sequence_mean,
                                                   bool per_token);
 
+std::tuple<Tensor, Tensor, Tensor> dpo_loss_fwd(Tensor logps, MaybeTensor ref_logps, MaybeTensor mask,
+                                                Tensor cu_seqlens, int64_t loss_type, double beta,
+                                                double label_smoothing, double margin, bool length_normalized,
+                                                bool per_pair);
+std::tuple<Tensor, Tensor, Tensor> copg_loss_fwd(Tensor logps, Tensor ref_logps, Tensor scores, MaybeTensor mask,
+                                                 Tensor cu_seqlens, int64_t group_size, double beta, bool per_group);
+
 }  // namespace rpp

@@ -13,14 +13,19 @@ from rpp_kernels.ops.linear_loss import linear_loss
 from rpp_kernels.ops.linear_policy_loss import linear_policy_loss
 from rpp_kernels.ops.logps import logps_from_logits
 from rpp_kernels.ops.policy_loss import policy_loss, value_loss
+from rpp_kernels.ops.preference import copg_loss, dpo_loss
 from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.ops.rewards import normalize_rewards, token_rewards
 from rpp_kernels.reference import (
     GAE,
+    CoPGLoss,
+    CoPGStats,
     LinearLoss,
     LinearPolicyLoss,
     PolicyLoss,
     PolicyStats,
+    PreferenceLoss,
+    PreferenceStats,
     TokenLogps,
     ValueLoss,
     ValueStats,
@@ -30,13 +35,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GAE",
+    "CoPGLoss",
+    "CoPGStats",
     "LinearLoss",
     "LinearPolicyLoss",
     "PolicyLoss",
     "PolicyStats",
+    "PreferenceLoss",
+    "PreferenceStats",
     "TokenLogps",
     "ValueLoss",
     "ValueStats",
+    "copg_loss",
+    "dpo_loss",
     "gae",
     "group_advantages",
     "kl_penalty",

@@ -26,18 +26,32 @@ from rpp_kernels.reference.policy_loss import (
     policy_loss,
     value_loss,
 )
+from rpp_kernels.reference.preference import (
+    CoPGLoss,
+    CoPGStats,
+    PreferenceLoss,
+    PreferenceStats,
+    copg_loss,
+    dpo_loss,
+)
 from rpp_kernels.reference.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.reference.rewards import normalize_rewards, token_rewards
 
 __all__ = [
     "GAE",
+    "CoPGLoss",
+    "CoPGStats",
     "LinearLoss",
     "LinearPolicyLoss",
     "PolicyLoss",
     "PolicyStats",
+    "PreferenceLoss",
+    "PreferenceStats",
     "TokenLogps",
     "ValueLoss",
     "ValueStats",
+    "copg_loss",
+    "dpo_loss",
     "gae",
     "group_advantages",
     "kl_penalty",

@@ -244,6 +244,14 @@ def op_cases():
             (x["values"], x["old_values"], x["returns"], mask, cu, 0.2, False, per_token, backend)
             for per_token in (False, True)
         ],
+        "dpo_loss_fwd": [
+            (*policy, mask, cu, 0, 0.1, 0.2, 0.3, False, False, backend),
+            (x["logps"], None, None, cu, 1, 0.1, 0.0, 0.0, True, True, backend),
+        ],
+        "copg_loss_fwd": [
+            (*policy, x["scores"], mask, cu, 2, 0.1, False, backend),
+            (*policy, x["scores"], None, cu, 4, 0.1, True, backend),
+        ],
     }
 
 
@@ -254,7 +262,8 @@ def registered_ops():
 
 def differentiable(name, arguments):
     """The arguments with what a forward op is differentiated in requiring grad; constants are refused above the op."""
-    constants = {"policy_loss_fwd": (1, 2), "value_loss_fwd": (1, 2)}.get(name, ())
+    losses = "policy_loss_fwd", "value_loss_fwd", "dpo_loss_fwd", "copg_loss_fwd"
+    constants = (1, 2) if name in losses else ()
     temperature = {"logps_fwd": 4, "linear_logps_fwd": 7}.get(name)
 
     def prepare(i, x):
