@@ -249,3 +249,76 @@ RPP_HD CriticLoss<F> clipped_critic_loss(F value, F old_value, F target, F epsil
   const F slope = unclipped ? error : clipped_error - clipped_error;
   return {num<F>(0.5) * chosen * chosen, slope, error * error, clipped_error * clipped_error > error * error};
 }
+
+// ---- losses of a pair of completions: two numbers, so double, and the standard library's exponential
+
+enum class Pair : int {
+  sigmoid = 0,
+  ipo = 1,
+  hinge = 2,
+  robust = 3,
+  exo = 4,
+  nca = 5,
+  sppo = 6,
+  apo_zero = 7,
+  apo_down = 8,
+  discopop = 9,
+};
+
+struct PairLoss {
+  double value, dchosen, drejected;
+};
+
+RPP_HD double logistic(double x) { return 1 / (1 + std::exp(-x)); }
+
+RPP_HD double log_logistic(double x) { return (x < 0 ? x : 0) - std::log1p(std::exp(-std::fabs(x))); }
+
+// With z = beta (chosen - rejected) - margin, whose slope dz all losses of the difference go through.
+RPP_HD PairLoss pair_loss(Pair type, double chosen, double rejected, double beta, double smoothing, double margin) {
+  const double difference = chosen - rejected, z = beta * difference - margin, half = 0.5 / beta;
+  const double won = logistic(z), lost = logistic(-z);
+  const double r_w = beta * chosen, r_l = beta * rejected;
+  double value = 0, dz = 0;
+  switch (type) {
+    case Pair::sigmoid:
+      value = -(1 - smoothing) * log_logistic(z) - smoothing * log_logistic(-z);
+      dz = smoothing * won - (1 - smoothing) * lost;
+      break;
+    case Pair::ipo:
+      value = (difference - half) * (difference - half);
+      return {value, 2 * (difference - half), -2 * (difference - half)};
+    case Pair::hinge:
+      value = z > 1 ? 0 : 1 - z;  // so that a NaN stays one
+      dz = z >= 1 ? 0 : -1;
+      break;
+    case Pair::robust:
+      value = (smoothing * log_logistic(-z) - (1 - smoothing) * log_logistic(z)) / (1 - 2 * smoothing);
+      dz = -(smoothing * won + (1 - smoothing) * lost) / (1 - 2 * smoothing);
+      break;
+    case Pair::exo:
+      value = won * (log_logistic(z) - std::log1p(-smoothing)) + lost * (log_logistic(-z) - std::log(smoothing));
+      dz = won * lost * (z - std::log1p(-smoothing) + std::log(smoothing));
+      break;
+    case Pair::nca:
+      value = -log_logistic(r_w) - 0.5 * (log_logistic(-r_w) + log_logistic(-r_l));
+      return {value, beta * (0.5 * logistic(r_w) - logistic(-r_w)), beta * 0.5 * logistic(r_l)};
+    case Pair::sppo:
+      value = (chosen - half) * (chosen - half) + (rejected + half) * (rejected + half);
+      return {value, 2 * (chosen - half), 2 * (rejected + half)};
+    case Pair::apo_zero:
+      value = logistic(-r_w) + logistic(r_l);
+      return {value, -beta * logistic(r_w) * logistic(-r_w), beta * logistic(r_l) * logistic(-r_l)};
+    case Pair::apo_down:
+      value = logistic(r_w) + lost;
+      return {value, beta * (logistic(r_w) * logistic(-r_w) - won * lost), beta * won * lost};
+    case Pair::discopop: {
+      constexpr double rate = 1 / 0.05;
+      const double late = logistic(z * rate), early = logistic(-z * rate);
+      const double power = std::exp(log_logistic(z * rate) - z);  // late * exp(-z), which may overflow
+      value = power - early * log_logistic(z);
+      dz = power * (early * rate - 1) - early * (lost - late * rate * log_logistic(z));
+      break;
+    }
+  }
+  return {value, beta * dz, -beta * dz};
+}

@@ -65,5 +65,11 @@ std::tuple<Tensor, Tensor, Tensor> value_loss_fwd(Tensor values, Tensor old_valu
 std::tuple<Tensor, Tensor> rollout_weights_fwd(Tensor old_logps, Tensor sampling_logps, MaybeTensor mask,
                                                Tensor cu_seqlens, int64_t level, bool truncate, double low, double high,
                                                double log_ratio_clamp);
+std::tuple<Tensor, Tensor, Tensor> dpo_loss_fwd(Tensor logps, MaybeTensor ref_logps, MaybeTensor mask,
+                                                Tensor cu_seqlens, int64_t loss_type, double beta,
+                                                double label_smoothing, double margin, bool length_normalized,
+                                                bool per_pair);
+std::tuple<Tensor, Tensor, Tensor> copg_loss_fwd(Tensor logps, Tensor ref_logps, Tensor scores, MaybeTensor mask,
+                                                 Tensor cu_seqlens, int64_t group_size, double beta, bool per_group);
 
 }  // namespace rpp

@@ -75,6 +75,11 @@ STABLE_TORCH_LIBRARY(rpp_kernels_C, m) {
   m.def(
       "rollout_weights_fwd(Tensor old_logps, Tensor sampling_logps, Tensor? mask, Tensor cu_seqlens, int level,"
       " bool truncate, float low, float high, float log_ratio_clamp) -> (Tensor, Tensor)");
+      "dpo_loss_fwd(Tensor logps, Tensor? ref_logps, Tensor? mask, Tensor cu_seqlens, int loss_type, float beta,"
+      " float label_smoothing, float margin, bool length_normalized, bool per_pair) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "copg_loss_fwd(Tensor logps, Tensor ref_logps, Tensor scores, Tensor? mask, Tensor cu_seqlens, int group_size,"
+      " float beta, bool per_group) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CompositeExplicitAutograd, m) {
@@ -104,6 +109,8 @@ STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CPU, m) {
   m.impl("policy_loss_bwd", TORCH_BOX(&rpp::policy_loss_bwd));
   m.impl("value_loss_fwd", TORCH_BOX(&rpp::value_loss_fwd));
   m.impl("rollout_weights_fwd", TORCH_BOX(&rpp::rollout_weights_fwd));
+  m.impl("dpo_loss_fwd", TORCH_BOX(&rpp::dpo_loss_fwd));
+  m.impl("copg_loss_fwd", TORCH_BOX(&rpp::copg_loss_fwd));
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

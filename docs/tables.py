@@ -36,6 +36,8 @@ KERNELS = {
     "top_entropy_mask": [],
     "clip_cov_weights": [],
     "kl_cov_mask": [],
+    "dpo_loss": ["dpo_loss_fwd"],
+    "copg_loss": ["copg_loss_fwd"],
 }
 
 

@@ -13,6 +13,7 @@ from rpp_kernels.ops.linear_loss import linear_loss
 from rpp_kernels.ops.linear_policy_loss import linear_policy_loss
 from rpp_kernels.ops.logps import logps_from_logits
 from rpp_kernels.ops.policy_loss import policy_loss, value_loss
+from rpp_kernels.ops.preference import copg_loss, dpo_loss
 from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.ops.rewards import normalize_rewards, token_rewards
 from rpp_kernels.ops.totals import num_items_in_batch, sum_over_ranks
@@ -22,12 +23,16 @@ from rpp_kernels.ops.running_mean import RunningMean
 from rpp_kernels.ops.selection import clip_cov_weights, kl_cov_mask, top_entropy_mask
 from rpp_kernels.reference import (
     GAE,
+    CoPGLoss,
+    CoPGStats,
     LinearLoss,
     LinearPolicyLoss,
     PolicyLoss,
     PolicyStats,
     RolloutStats,
     RolloutWeights,
+    PreferenceLoss,
+    PreferenceStats,
     TokenLogps,
     ValueLoss,
     ValueStats,
@@ -37,6 +42,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GAE",
+    "CoPGLoss",
+    "CoPGStats",
     "LinearLoss",
     "LinearPolicyLoss",
     "PolicyLoss",
@@ -48,6 +55,13 @@ __all__ = [
     "ValueLoss",
     "ValueStats",
     "best_of_group",
+    "PreferenceLoss",
+    "PreferenceStats",
+    "TokenLogps",
+    "ValueLoss",
+    "ValueStats",
+    "copg_loss",
+    "dpo_loss",
     "gae",
     "group_advantages",
     "informative_groups",

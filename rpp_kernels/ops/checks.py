@@ -84,6 +84,23 @@ def check_integer(name: str, value: Any, wanted: str, low: int) -> None:
         fail(name, wanted, repr(value))
 
 
+def check_count(name: str, count: float | Tensor | None, reduction: str, like: Tensor) -> None:
+    """What the mean of a loss divides by: a number, a 0-dim tensor beside `like`, or None for what the call counts."""
+    if count is None:
+        return
+    if reduction == "none":
+        fail(name, 'None with reduction "none", which divides by nothing', count)
+    if isinstance(count, Tensor):
+        check_shape(name, count, (), "of a number")
+        check_constant(name, count)
+        if count.device != like.device:
+            fail(name, f"a tensor on {like.device}", describe(count))
+        if may_read(count) and not count > 0:
+            fail(name, "a positive number", count)
+    else:
+        check_number(name, count, "a positive number", 0, open_low=True)
+
+
 def check_process_group(process_group: Any) -> None:
     if not hasattr(process_group, "group_name"):
         fail("process_group", "a torch.distributed.ProcessGroup that this process is in", repr(process_group))

@@ -1,5 +1,6 @@
 """Losses from hidden states whose gradient is made in the forward, while the logits of each chunk are there."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from rpp_kernels import reference
 from rpp_kernels.ops import no_second_derivative
-from rpp_kernels.ops.checks import check_floats, check_shape, describe, fail
+from rpp_kernels.ops.checks import check_floats, check_integer, check_shape, describe, fail, sequence_starts
 from rpp_kernels.ops.chunks import Chunks, Slopes, Statistics
 from rpp_kernels.ops.head import Execution, Head, Options, checked_head
 from rpp_kernels.reference import LinearLoss
@@ -16,7 +17,7 @@ from rpp_kernels.reference import LinearLoss
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-TokenLoss = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
+TokenLoss = Callable[..., Tensor]
 
 
 def over_units(
@@ -43,6 +44,17 @@ def over_units(
         else:
             chunks.recompute_gradient(rows, statistics, slopes)
     return logps, entropy
+
+
+def whole_sequences(starts: Tensor, most: int) -> list[slice]:
+    """Units of whole sequences, of as many as fit into a chunk, or of one that does not; none of them is empty."""
+    units, begin, end = [], 0, 0
+    for stop in starts.tolist()[1:]:
+        if end > begin and stop - begin > most:
+            units.append(slice(begin, end))
+            begin = end
+        end = stop
+    return [*units, slice(begin, end)] if end > begin else units
 
 
 class _WithGradients(torch.autograd.Function):
@@ -105,6 +117,41 @@ def _captured(loss: Tensor, own: Sequence[Tensor]) -> Iterator[Tensor]:
         waiting += [following for following, _ in node.next_functions]
 
 
+def _group_starts(target_ids: Tensor, cu_seqlens: Tensor | None, group_size: int | None) -> Tensor | None:
+    """Where the sequences start that a loss may couple."""
+    if group_size is None:
+        if cu_seqlens is not None:
+            fail(
+                "cu_seqlens",
+                "None without group_size: a loss of single tokens knows no sequences",
+                describe(cu_seqlens),
+            )
+        return None
+    check_integer("group_size", group_size, "an integer from 1, or None", 1)
+    starts = sequence_starts(target_ids, "target_ids", cu_seqlens)
+    if (starts.shape[0] - 1) % group_size:
+        fail("target_ids", f"whole groups of {group_size} sequences", f"{starts.shape[0] - 1} sequences")
+    return starts
+
+
+class _Groups:
+    """The groups of sequences that a loss may couple, among the rows of a loop over chunks."""
+
+    def __init__(self, chunks: Chunks, cu_seqlens: Tensor, group_size: int) -> None:
+        mask = chunks.head.mask
+        self.starts = cu_seqlens if mask is None else torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens]
+        among_rows = self.starts if chunks.mask is None else cu_seqlens
+        self.group_size, self.ends = group_size, among_rows[group_size::group_size].tolist()
+        self.units = whole_sequences(among_rows[::group_size], chunks.tokens)
+
+    def cu_seqlens(self, unit: slice) -> Tensor:
+        """Of the valid tokens of a unit. A group without a row is in the unit before it, or in the first one."""
+        first = bisect_right(self.ends, unit.start) if unit.start else 0
+        last = bisect_right(self.ends, unit.stop)
+        starts = self.starts[first * self.group_size : last * self.group_size + 1]
+        return starts - starts[0]
+
+
 @torch.compiler.disable(reason="token_loss is called for each chunk")  # type: ignore[no-untyped-call,untyped-decorator]
 def linear_loss(
     hidden_states: Tensor,  # (T, H) or (B, S, H)
@@ -113,6 +160,8 @@ def linear_loss(
     token_loss: TokenLoss,
     completion_mask: Tensor | None = None,  # (T,) or (B, S) bool
     *,
+    cu_seqlens: Tensor | None = None,  # (B+1,), with group_size only
+    group_size: int | None = None,
     bias: Tensor | None = None,  # (V,)
     lora_A: Tensor | None = None,  # (R, H)
     lora_B: Tensor | None = None,  # (V, R)
@@ -137,12 +186,25 @@ def linear_loss(
             ratio = (logps - old_logps[rows]).exp()
             return -(ratio * advantages[rows] + 0.01 * entropy) / num_tokens
 
+    A loss of whole sequences, or of groups of them, takes `group_size`:
+
+        def pair_loss(logps, entropy, rows, cu_seqlens):
+            return dpo_loss(logps, ref_logps[rows], cu_seqlens=cu_seqlens, num_pairs=num_pairs).loss
+
+        linear_loss(hidden_states, weight, target_ids, pair_loss, completion_mask, group_size=2)
+
     Args:
         token_loss: a PyTorch function of the log-probs (n,) and entropies (n,) of some tokens that returns the loss of
             each, (n,). It is called once for each chunk and differentiated in both. `rows` indexes any tensor of the
             shape of `target_ids`: `advantages[rows]`; in a padded batch `rows[0]` says of which sequence a token is.
             The loss of a token must depend on no other token, which is not checked, and on no other tensor that
             requires grad, which is. It divides by what a mean is over: losses are summed.
+        group_size: None, or how many consecutive sequences the loss may couple: 1 for the tokens of each sequence, 2
+            for pairs. `token_loss` then sees valid tokens of whole groups only, and as a fourth argument the
+            `cu_seqlens` of these tokens, packed; it returns (n,) or the 0-dim sum. Chunks hold whole groups. One that
+            is longer than a chunk has its logits made again, for one product more.
+        cu_seqlens: with `group_size`, int32 or int64, where sequences start among packed tokens; without it they are
+            the rows of a padded batch.
         the others: as in `linear_logps`.
 
     Returns:
@@ -150,8 +212,8 @@ def linear_loss(
         and `lora_B`, once; the results of `linear_logps`, detached.
 
     Raises:
-        ValueError: an argument that is not as above; a `token_loss` of another shape, or that depends on another tensor
-            that requires grad.
+        ValueError: an argument that is not as above; a number of sequences that is no multiple of `group_size`; a
+            `token_loss` of another shape, or that depends on another tensor that requires grad.
 
     Under torch.compile it is a graph break, because `token_loss` is Python; `linear_policy_loss` is not.
     """
@@ -165,39 +227,48 @@ def linear_loss(
     )
     if not callable(token_loss):
         fail("token_loss", "a function of (logps, entropy, rows)", describe(token_loss))
-    shape = target_ids.shape
+    shape, starts = target_ids.shape, _group_starts(target_ids, cu_seqlens, group_size)
 
-    def checked_loss(logps: Tensor, entropy: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
-        loss = token_loss(logps, entropy, rows)
+    def checked_loss(logps: Tensor, entropy: Tensor, rows: tuple[Tensor, ...], *cu: Tensor) -> Tensor:
+        loss = token_loss(logps, entropy, rows, *cu)
         check_floats("token_loss(...)", loss, (0, 1), like=logps)
-        check_shape("token_loss(...)", loss, logps.shape, "of one loss for each token")
+        if not cu or loss.dim():
+            check_shape("token_loss(...)", loss, logps.shape, "of one loss for each token")
         for other in _captured(loss, (logps, entropy)):
             fail("token_loss", "logps and entropy as all that requires grad", f"{describe(other)} beside them")
         return loss
 
     if head.backend == "reference":
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return reference.linear_loss(token_loss=checked_loss, **arguments)
+            return reference.linear_loss(
+                token_loss=checked_loss, cu_seqlens=cu_seqlens, group_size=group_size, **arguments
+            )
     needs, total = head.needs, torch.zeros((), dtype=torch.float64, device=hidden_states.device)
     grad_mode = torch.is_grad_enabled()
 
     def slopes_of(unit: slice, statistics: Statistics) -> Slopes | None:
-        rows = chunks.rows[unit]
+        rows, n = chunks.rows[unit], unit.stop - unit.start
+        valid = None if chunks.mask is None else chunks.mask[rows]
+        if valid is not None and groups is not None:  # which are shown no other tokens
+            rows, statistics = rows[valid], statistics.at(valid)
         own = [x.clone().requires_grad_(any(needs)) for x in (statistics.logps, statistics.entropy)]
         index = (rows,) if len(shape) == 1 else (rows // shape[1], rows % shape[1])
         with torch.set_grad_enabled(grad_mode):
-            loss = checked_loss(own[0], own[1], index)
-            if chunks.mask is not None:
-                loss = torch.where(chunks.mask[rows], loss, 0.0)
+            loss = checked_loss(own[0], own[1], index, *(() if groups is None else (groups.cu_seqlens(unit),)))
+            if valid is not None and groups is None:
+                loss = torch.where(valid, loss, 0.0)
         total.add_(loss.detach().sum(dtype=torch.float64))
         if not loss.requires_grad:
             return None
-        dlogps, dentropy = torch.autograd.grad(loss, own, torch.ones_like(loss), allow_unused=True)
-        return Slopes(dlogps, dentropy)
+        slopes = Slopes(*torch.autograd.grad(loss, own, torch.ones_like(loss), allow_unused=True))
+        if valid is None or groups is None:
+            return slopes
+        return Slopes(*(None if x is None else x.new_zeros(n).masked_scatter(valid, x) for x in slopes))
 
     with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
         chunks = Chunks(detached(head), needs)
-        logps, entropy = over_units(chunks, chunks.split(chunks.rows), slopes_of)
+        groups = None if starts is None or group_size is None else _Groups(chunks, starts, group_size)
+        logps, entropy = over_units(chunks, groups.units if groups else chunks.split(chunks.rows), slopes_of)
         gradients = chunks.gradients(scaled=False)
     loss = with_gradients(total.to(chunks.dtype), head, gradients)
     return LinearLoss(loss, logps.view(shape), entropy.view(shape))

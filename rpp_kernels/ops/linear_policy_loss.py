@@ -11,7 +11,7 @@ from rpp_kernels.ops.checks import fail, flat, result_dtype
 from rpp_kernels.ops.chunks import Chunks, Slopes, Statistics, unscaled_dtype
 from rpp_kernels.ops.head import Execution, Head, Needs, Options, checked_head, head_op
 from rpp_kernels.ops.linear_logps import gradient_shapes, token_logps
-from rpp_kernels.ops.linear_loss import detached, over_units, with_gradients
+from rpp_kernels.ops.linear_loss import detached, over_units, whole_sequences, with_gradients
 from rpp_kernels.ops.policy_loss import check_advantages, check_clips, check_loss, policy_loss
 from rpp_kernels.reference import LinearPolicyLoss, PolicyStats
 
@@ -75,24 +75,13 @@ def linear_policy_loss_with_gradients(
         scaled = slope / divisor if weights is None else slope * (weights[unit] / divisor)
         return Slopes(scaled.to(slope.dtype))
 
-    units = _whole_sequences(starts, chunks.tokens) if sequence_ratio and any(needs) else chunks.split(chunks.rows)
+    units = whole_sequences(starts, chunks.tokens) if sequence_ratio and any(needs) else chunks.split(chunks.rows)
     logps, entropy = over_units(chunks, units, slopes_of)
     old = logps if old_logps is None else old_logps
     loss, _, stats = chunks.kernels.policy_loss_fwd(
         logps, old, advantages, False, head.mask, cu_seqlens, *clips, sequence_ratio, sequence_mean, False
     )
     return (loss / divisor).to(loss.dtype), stats, logps, entropy, *chunks.gradients(scaled=False)
-
-
-def _whole_sequences(starts: Tensor, most: int) -> list[slice]:
-    """Units of whole sequences, of as many as fit into a chunk, or of one that does not."""
-    units, begin, end = [], 0, 0
-    for stop in starts.tolist()[1:]:
-        if end > begin and stop - begin > most:
-            units.append(slice(begin, end))
-            begin = end
-        end = stop
-    return [*units, slice(begin, end)] if end > begin else units
 
 
 def linear_policy_loss(

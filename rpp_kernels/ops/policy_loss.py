@@ -11,16 +11,15 @@ from rpp_kernels.ops import kernel_op, register_gradient
 from rpp_kernels.ops.checks import (
     check_choice,
     check_constant,
+    check_count,
     check_floats,
     check_like,
     check_mask,
     check_number,
-    check_shape,
     describe,
     fail,
     flat,
     flat_mask,
-    may_read,
     result_dtype,
     sequence_starts,
 )
@@ -357,17 +356,7 @@ def check_loss(
     starts = sequence_starts(learned, name, cu_seqlens)
     check_mask(completion_mask, name, learned.shape, learned)
     check_choice("reduction", reduction, REDUCTIONS)
-    if reduction == "none" and num_items_in_batch is not None:
-        fail("num_items_in_batch", 'None with reduction "none", which divides by nothing', num_items_in_batch)
-    if isinstance(num_items_in_batch, Tensor):
-        check_shape("num_items_in_batch", num_items_in_batch, (), "of a number")
-        check_constant("num_items_in_batch", num_items_in_batch)
-        if num_items_in_batch.device != learned.device:
-            fail("num_items_in_batch", f"a tensor on {learned.device}", describe(num_items_in_batch))
-        if may_read(num_items_in_batch) and not num_items_in_batch > 0:
-            fail("num_items_in_batch", "a positive number", num_items_in_batch)
-    elif num_items_in_batch is not None:
-        check_number("num_items_in_batch", num_items_in_batch, "a positive number", 0, open_low=True)
+    check_count("num_items_in_batch", num_items_in_batch, reduction, learned)
     if (reduction == "seq-mean-token-sum-norm") != (max_completion_length is not None):
         wanted = "a positive integer" if max_completion_length is None else "None"
         fail("max_completion_length", f"{wanted} with reduction {reduction!r}", max_completion_length)

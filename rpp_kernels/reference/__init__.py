@@ -28,6 +28,14 @@ from rpp_kernels.reference.policy_loss import (
     policy_loss,
     value_loss,
 )
+from rpp_kernels.reference.preference import (
+    CoPGLoss,
+    CoPGStats,
+    PreferenceLoss,
+    PreferenceStats,
+    copg_loss,
+    dpo_loss,
+)
 from rpp_kernels.reference.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.reference.rewards import normalize_rewards, token_rewards
 from rpp_kernels.reference.totals import num_items_in_batch, sum_over_ranks
@@ -37,6 +45,8 @@ from rpp_kernels.reference.selection import clip_cov_weights, kl_cov_mask, top_e
 
 __all__ = [
     "GAE",
+    "CoPGLoss",
+    "CoPGStats",
     "LinearLoss",
     "LinearPolicyLoss",
     "PolicyLoss",
@@ -47,6 +57,13 @@ __all__ = [
     "ValueLoss",
     "ValueStats",
     "best_of_group",
+    "PreferenceLoss",
+    "PreferenceStats",
+    "TokenLogps",
+    "ValueLoss",
+    "ValueStats",
+    "copg_loss",
+    "dpo_loss",
     "gae",
     "group_advantages",
     "informative_groups",

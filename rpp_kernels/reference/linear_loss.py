@@ -24,9 +24,11 @@ def linear_loss(
     hidden_states: Tensor,  # (T, H) or (B, S, H)
     weight: Tensor,  # (V, H)
     target_ids: Tensor,  # (T,) or (B, S) int64
-    token_loss: Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor],
+    token_loss: Callable[..., Tensor],
     completion_mask: Tensor | None = None,  # (T,) or (B, S) bool
     *,
+    cu_seqlens: Tensor | None = None,  # (B+1,), with group_size only
+    group_size: int | None = None,
     bias: Tensor | None = None,  # (V,)
     lora_A: Tensor | None = None,  # (R, H)
     lora_B: Tensor | None = None,  # (V, R)
@@ -37,7 +39,11 @@ def linear_loss(
     process_group: "ProcessGroup | None" = None,
     vocab_start: int | None = None,
 ) -> LinearLoss:
-    """`token_loss(logps[rows], entropy[rows], rows).sum()`, `rows` the indices of the valid tokens."""
+    """`token_loss(logps[rows], entropy[rows], rows).sum()`, `rows` the indices of the valid tokens.
+
+    With `group_size` it is `token_loss(logps[rows], entropy[rows], rows, cu_seqlens of the valid tokens).sum()`, a loss
+    that may couple the tokens of `group_size` consecutive sequences.
+    """
     logps, entropy, _ = linear_logps(
         hidden_states,
         weight,
@@ -55,5 +61,13 @@ def linear_loss(
     )
     valid = torch.ones_like(target_ids, dtype=torch.bool) if completion_mask is None else completion_mask
     rows = valid.nonzero(as_tuple=True)
-    loss = token_loss(logps[rows], entropy[rows], rows).sum()
+    groups = () if group_size is None else (valid_starts(valid, cu_seqlens),)
+    loss = token_loss(logps[rows], entropy[rows], rows, *groups).sum()
     return LinearLoss(loss, logps.detach(), entropy.detach())
+
+
+def valid_starts(valid: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Where sequences start among the valid tokens alone."""
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(valid.shape[0] + 1, device=valid.device) * valid.shape[1]
+    return torch.nn.functional.pad(valid.flatten().cumsum(0), (1, 0))[cu_seqlens.long()]

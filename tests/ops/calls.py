@@ -11,6 +11,18 @@ from torch import Tensor
 
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "none")
 ESTIMATORS = ("k1", "k2", "k3", "abs")
+LOSS_TYPES = {  # and a label_smoothing that each takes
+    "sigmoid": 0.1,
+    "ipo": 0.0,
+    "hinge": 0.0,
+    "robust": 0.1,
+    "exo_pair": 0.1,
+    "nca_pair": 0.0,
+    "sppo_hard": 0.0,
+    "apo_zero": 0.0,
+    "apo_down": 0.0,
+    "discopop": 0.0,
+}
 
 
 class Call(NamedTuple):
@@ -121,6 +133,45 @@ def _clip_cov(f, x, mask, cu_seqlens, advantages="advantages"):
 def _kl_cov(f, x, mask, cu_seqlens, advantages="advantages"):
     worth = x[advantages][:, None] if advantages in PER_SEQUENCE else x[advantages]
     return f.kl_cov_mask(x["logps"], worth, mask, fraction=0.2, cu_seqlens=cu_seqlens).float()
+def _whole_groups(x, mask, cu_seqlens, size):
+    """Without the sequences at the end that make no whole group: tensors of tokens, the mask, cu_seqlens."""
+    batch = (x["target_ids"].shape[0] if cu_seqlens is None else len(cu_seqlens) - 1) // size * size
+    tokens = batch if cu_seqlens is None else int(cu_seqlens[batch])
+    names = "logps", "ref_logps", "hidden_states", "target_ids"
+    some = {k: x[k][:tokens] for k in names}
+    # Not those of the batch: a score counts for others, even that of a sequence without a token.
+    some["scores"] = torch.arange(batch, device=some["logps"].device).cos().to(some["logps"].dtype)
+    return some, None if mask is None else mask[:tokens], None if cu_seqlens is None else cu_seqlens[: batch + 1]
+
+
+def _dpo(f, x, mask, cu_seqlens, ref=True, **options):
+    x, mask, cu_seqlens = _whole_groups(x, mask, cu_seqlens, 2)
+    return f.dpo_loss(x["logps"], x["ref_logps"] if ref else None, mask, cu_seqlens=cu_seqlens, **options)
+
+
+def _copg(f, x, mask, cu_seqlens, group_size=2, **options):
+    x, mask, cu_seqlens = _whole_groups(x, mask, cu_seqlens, group_size)
+    options = {"beta": 0.3, "group_size": group_size, "cu_seqlens": cu_seqlens, **options}
+    return f.copg_loss(x["logps"], x["ref_logps"], x["scores"], mask, **options)
+
+
+def _linear_pairs(f, x, mask, cu_seqlens):
+    some, mask, cu_seqlens = _whole_groups(x, mask, cu_seqlens, 2)
+
+    def pair_loss(logps, entropy, rows, cu_seqlens):
+        loss = f.dpo_loss(logps, some["ref_logps"][rows], cu_seqlens=cu_seqlens, num_pairs=3).loss
+        return loss + 0.1 * (logps * entropy).sum()
+
+    return f.linear_loss(
+        some["hidden_states"],
+        x["weight"],
+        some["target_ids"],
+        pair_loss,
+        mask,
+        bias=x["bias"],
+        cu_seqlens=cu_seqlens,
+        group_size=2,
+    ).loss
 
 
 LEVEL = {"importance_sampling_level": "sequence"}
@@ -132,6 +183,7 @@ CALLS = {
     "linear_logps": Call(_linear, ("hidden_states", "weight", "bias")),
     "linear_logps without bias": Call(partial(_linear, bias=False, temperature=0.7), ("hidden_states", "weight")),
     "linear_loss": Call(_linear_loss, ("hidden_states", "weight", "bias")),
+    "linear_loss of pairs": Call(_linear_pairs, ("hidden_states", "weight", "bias")),
     **{
         f"linear_policy_loss {r}": Call(partial(_linear_policy, reduction=r), ("hidden_states", "weight", "bias"))
         for r in ("token-mean", "seq-mean-token-mean")
@@ -179,6 +231,18 @@ CALLS = {
     "clip_cov_weights of an advantage for each sequence": Call(partial(_clip_cov, advantages="scores"), ()),
     "kl_cov_mask": Call(_kl_cov, ()),
     "kl_cov_mask of an advantage for each sequence": Call(partial(_kl_cov, advantages="scores"), ()),
+        f"dpo_loss {t}": Call(partial(_dpo, loss_type=t, beta=0.3, label_smoothing=e), ("logps",))
+        for t, e in LOSS_TYPES.items()
+    },
+    **{
+        f"dpo_loss {t} none": Call(partial(_dpo, loss_type=t, reduction="none"), ("logps",)) for t in ("sigmoid", "ipo")
+    },
+    "dpo_loss of mean log-probs without a reference": Call(
+        partial(_dpo, ref=False, length_normalized=True, beta=2.0, margin=0.5), ("logps",)
+    ),
+    "copg_loss": Call(_copg, ("logps",)),
+    "copg_loss of groups of three": Call(partial(_copg, group_size=3, num_items_in_batch=7), ("logps",)),
+    "copg_loss none": Call(partial(_copg, reduction="none"), ("logps",)),
 }
 
 # Those that have a gradient: the others choose or weigh, and their results are constants.
@@ -204,6 +268,9 @@ ONE_OF_EACH = {
         "rollout_weights sequence truncate",
         "top_entropy_mask",
         "kl_cov_mask",
+        "dpo_loss sigmoid",
+        "dpo_loss ipo none",
+        "copg_loss",
     )
 }
 
