@@ -62,11 +62,13 @@ STABLE_TORCH_LIBRARY(rpp_kernels_C, m) {
       "group_advantages_bwd(Tensor dadvantages, Tensor scores, Tensor? group_index, int group_size, int num_groups,"
       " int baseline, int std, bool unbiased, float eps, bool keep_singletons) -> Tensor");
   m.def(
-      "policy_loss_fwd(Tensor logps, Tensor old_logps, Tensor advantages, bool sequence_advantages, Tensor? mask,"
-      " Tensor cu_seqlens, float epsilon_low, float epsilon_high, float dual_clip, float log_ratio_clamp, bool "
-      "sequence_ratio,"
-      " bool sequence_mean, bool per_token) -> (Tensor, Tensor, Tensor)");
-  m.def("policy_loss_bwd(Tensor dloss, Tensor slope, Tensor? mask, Tensor cu_seqlens) -> Tensor");
+      "policy_loss_fwd(Tensor logps, Tensor old_logps, Tensor advantages, Tensor? mask, Tensor cu_seqlens,"
+      " Tensor? weights, Tensor? ref_logps, Tensor? entropy, Tensor? dloss, float option_0, float option_1,"
+      " float option_2, float option_3, float log_ratio_clamp, float beta, float kl_clamp, float entropy_coef, int "
+      "surrogate, int "
+      "level,"
+      " int kl_estimator, int kl_gradient, bool kl_bias_correction, bool sequence_advantages, bool sequence_mean,"
+      " bool per_token) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "value_loss_fwd(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor cu_seqlens,"
       " float epsilon, bool sequence_mean, bool per_token) -> (Tensor, Tensor, Tensor)");
@@ -96,7 +98,6 @@ STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CPU, m) {
   m.impl("group_advantages_fwd", TORCH_BOX(&rpp::group_advantages_fwd));
   m.impl("group_advantages_bwd", TORCH_BOX(&rpp::group_advantages_bwd));
   m.impl("policy_loss_fwd", TORCH_BOX(&rpp::policy_loss_fwd));
-  m.impl("policy_loss_bwd", TORCH_BOX(&rpp::policy_loss_bwd));
   m.impl("value_loss_fwd", TORCH_BOX(&rpp::value_loss_fwd));
 }
 
