@@ -205,31 +205,120 @@ RPP_HD RolloutWeight<F> rollout_weight(F log_ratio, RolloutBounds<F> bounds) {  
 }
 
 // ---- clipped surrogate and clipped critic loss
+// ---- surrogates of the policy
+
+enum class Surrogate : int { clip = 0, reinforce = 1, cispo = 2, sapo = 3, gmpo = 4 };
 
 template <class F>
-struct Clip {
-  F low, high,
-      dual;  // bounds of the ratio: 1 - epsilon_low, 1 + epsilon_high, dual_clip (infinite where not asked for)
-  F log_ratio;
+struct Ratio {
+  F log_ratio, value;  // of the level: that of the token, or of its sequence
+  Mask<F> clamped;     // beyond log_ratio_clamp, where it is constant
 };
 
 template <class F>
-struct Surrogate {
-  F loss, slope, ratio;  // slope: d(loss) / d(log_ratio)
-  Mask<F> clipped_low, clipped_high, dual_clipped;
-};
-
-template <class F>
-RPP_HD Surrogate<F> clipped_surrogate(F log_ratio, F advantage, Clip<F> clip) {
-  const F ratio = exponential(clamp(log_ratio, -clip.log_ratio, clip.log_ratio));
-  const Mask<F> low = (advantage < F{}) & (ratio < clip.low);
-  const Mask<F> high = (advantage > F{}) & (ratio > clip.high);
-  const Mask<F> dual = (advantage < F{}) & (ratio > clip.dual);
-  const Mask<F> constant = low | high | dual | (log_ratio > clip.log_ratio) | (log_ratio < -clip.log_ratio);
-  const F bound = low ? clip.low : (high ? clip.high : (dual ? clip.dual : ratio));
-  const F slope = -ratio * advantage;
-  return {-bound * advantage, constant ? F{} : slope, ratio, low, high, dual};
+RPP_HD Ratio<F> ratio_of(F log_ratio, F most) {
+  const F within = clamp(log_ratio, -most, most);
+  return {within, exponential(within), (log_ratio > most) | (log_ratio < -most)};
 }
+
+template <class F>
+struct PolicyToken {
+  F logp, advantage;
+  F log_ratio;  // of this token alone; `ratio` is that of the level
+  Ratio<F> ratio;
+  F length;  // of the sequence: its valid tokens
+};
+
+template <class F>
+struct SurrogateOptions {
+  F at[4];  // in the order of SURROGATES in ops/policy_loss.py
+};
+
+template <class F>
+struct SurrogateLoss {
+  F loss;
+  F ratio_slope = F{}, logp_slope = F{};  // d(loss) / d(log of the ratio), and d(loss) / d(logp) beside that
+  Mask<F> clipped_low = Mask<F>{}, clipped_high = Mask<F>{}, dual_clipped = Mask<F>{};
+};
+
+template <class F>
+RPP_HD SurrogateLoss<F> clip_surrogate(PolicyToken<F> t,
+                                       SurrogateOptions<F> o) {  // epsilon_low, epsilon_high, dual_clip
+  const F bottom = num<F>(1) - o.at[0], top = num<F>(1) + o.at[1], ratio = t.ratio.value;
+  const Mask<F> low = (t.advantage < F{}) & (ratio < bottom);
+  const Mask<F> high = (t.advantage > F{}) & (ratio > top);
+  const Mask<F> dual = (t.advantage < F{}) & (ratio > o.at[2]);
+  const F bound = low ? bottom : (high ? top : (dual ? o.at[2] : ratio));
+  return {.loss = -bound * t.advantage,
+          .ratio_slope = (low | high | dual) ? F{} : -ratio * t.advantage,
+          .clipped_low = low,
+          .clipped_high = high,
+          .dual_clipped = dual};
+}
+
+template <class F>
+RPP_HD SurrogateLoss<F> reinforce_surrogate(PolicyToken<F> t) {
+  return {.loss = -t.advantage * t.logp, .logp_slope = -t.advantage};
+}
+
+template <class F>
+RPP_HD SurrogateLoss<F> cispo_surrogate(PolicyToken<F> t, SurrogateOptions<F> o) {  // epsilon_low, epsilon_high
+  const F bottom = num<F>(1) - o.at[0], top = num<F>(1) + o.at[1], ratio = t.ratio.value;
+  const Mask<F> low = ratio<bottom, high = ratio> top;
+  const F slope = -(low ? bottom : (high ? top : ratio)) * t.advantage;
+  return {.loss = slope * t.logp, .logp_slope = slope, .clipped_low = low, .clipped_high = high};
+}
+
+template <class F>
+RPP_HD SurrogateLoss<F> sapo_surrogate(PolicyToken<F> t, SurrogateOptions<F> o) {  // tau_positive, tau_negative
+  const F lowest = num<F>(ExpConstants<typename Traits<F>::Element>::lowest), one = num<F>(1);
+  const F tau = t.advantage > F{} ? o.at[0] : o.at[1];
+  const F x = tau * (t.ratio.value - one), below = at_most(x, -x), e = exponential(below);
+  const F larger = one / (one + e), sigmoid = x < F{} ? e * larger : larger;
+  const F slope = num<F>(-4) * t.advantage * t.ratio.value * (e * larger * larger);
+  return {.loss = num<F>(-4) * t.advantage / tau * sigmoid, .ratio_slope = below < lowest ? F{} : slope};
+}
+
+template <class F>
+RPP_HD SurrogateLoss<F> gmpo_surrogate(PolicyToken<F> t, SurrogateOptions<F> o) {  // epsilon_low, epsilon_high
+  const F loss = -t.ratio.value * t.advantage;
+  return {.loss = loss,
+          .ratio_slope = loss,
+          .clipped_low = (t.advantage < F{}) & (t.log_ratio < -o.at[0]),
+          .clipped_high = (t.advantage > F{}) & (t.log_ratio > o.at[1])};
+}
+
+// What the ratio of a sequence is the mean of, and its derivative by the log-ratio of the token.
+template <class F>
+struct LogRatioTerm {
+  F value, slope;
+};
+
+template <class F>
+RPP_HD LogRatioTerm<F> gmpo_term(F log_ratio, F advantage, SurrogateOptions<F> o) {
+  const Mask<F> low = (advantage < F{}) & (log_ratio < -o.at[0]);
+  const Mask<F> high = (advantage > F{}) & (log_ratio > o.at[1]);
+  const Mask<F> nothing = advantage == F{};
+  const F value = low ? -o.at[0] : (high ? o.at[1] : (nothing ? F{} : log_ratio));
+  return {value, (low | high | nothing) ? F{} : num<F>(1)};
+}
+
+template <Surrogate surrogate, class F>
+RPP_HD LogRatioTerm<F> log_ratio_term(F log_ratio, F advantage, SurrogateOptions<F> options) {
+  if constexpr (surrogate == Surrogate::gmpo) return gmpo_term(log_ratio, advantage, options);
+  return {log_ratio, num<F>(1)};
+}
+
+template <Surrogate surrogate, class F>
+RPP_HD SurrogateLoss<F> surrogate_loss(PolicyToken<F> t, SurrogateOptions<F> options) {
+  if constexpr (surrogate == Surrogate::clip) return clip_surrogate(t, options);
+  if constexpr (surrogate == Surrogate::reinforce) return reinforce_surrogate(t);
+  if constexpr (surrogate == Surrogate::cispo) return cispo_surrogate(t, options);
+  if constexpr (surrogate == Surrogate::sapo) return sapo_surrogate(t, options);
+  if constexpr (surrogate == Surrogate::gmpo) return gmpo_surrogate(t, options);
+}
+
+// ---- clipped critic loss
 
 template <class F>
 struct CriticLoss {

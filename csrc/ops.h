@@ -52,12 +52,14 @@ Tensor group_advantages_bwd(Tensor dadvantages, Tensor scores, MaybeTensor group
                             int64_t group_size, int64_t num_groups, int64_t baseline, int64_t std, bool unbiased,
                             double eps, bool keep_singletons);
 
-std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(Tensor logps, Tensor old_logps, Tensor advantages,
-                                                   bool sequence_advantages, MaybeTensor mask, Tensor cu_seqlens,
-                                                   double epsilon_low, double epsilon_high, double dual_clip,
-                                                   double log_ratio_clamp, bool sequence_ratio, bool sequence_mean,
-                                                   bool per_token);
-Tensor policy_loss_bwd(Tensor dloss, Tensor slope, MaybeTensor mask, Tensor cu_seqlens);
+// dloss: of each token; the slope is then that of the sum of dloss * loss. Results: loss, its slopes in logps and in
+// entropy (empty without), stats.
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
+    Tensor logps, Tensor old_logps, Tensor advantages, MaybeTensor mask, Tensor cu_seqlens, MaybeTensor weights,
+    MaybeTensor ref_logps, MaybeTensor entropy, MaybeTensor dloss, double option_0, double option_1, double option_2,
+    double option_3, double log_ratio_clamp, double beta, double kl_clamp, double entropy_coef, int64_t surrogate,
+    int64_t level, int64_t kl_estimator, int64_t kl_gradient, bool kl_bias_correction, bool sequence_advantages,
+    bool sequence_mean, bool per_token);
 std::tuple<Tensor, Tensor, Tensor> value_loss_fwd(Tensor values, Tensor old_values, Tensor returns, MaybeTensor mask,
                                                   Tensor cu_seqlens, double epsilon, bool sequence_mean,
                                                   bool per_token);

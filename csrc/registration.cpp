@@ -64,17 +64,20 @@ STABLE_TORCH_LIBRARY(rpp_kernels_C, m) {
       "group_advantages_bwd(Tensor dadvantages, Tensor scores, Tensor? group_index, Tensor? lengths, int group_size,"
       " int num_groups, int baseline, int std, bool unbiased, float eps, bool keep_singletons) -> Tensor");
   m.def(
-      "policy_loss_fwd(Tensor logps, Tensor old_logps, Tensor advantages, bool sequence_advantages, Tensor? mask,"
-      " Tensor cu_seqlens, float epsilon_low, float epsilon_high, float dual_clip, float log_ratio_clamp, bool "
-      "sequence_ratio,"
-      " bool sequence_mean, bool per_token) -> (Tensor, Tensor, Tensor)");
-  m.def("policy_loss_bwd(Tensor dloss, Tensor slope, Tensor? mask, Tensor cu_seqlens) -> Tensor");
+      "policy_loss_fwd(Tensor logps, Tensor old_logps, Tensor advantages, Tensor? mask, Tensor cu_seqlens,"
+      " Tensor? weights, Tensor? ref_logps, Tensor? entropy, Tensor? dloss, float option_0, float option_1,"
+      " float option_2, float option_3, float log_ratio_clamp, float beta, float kl_clamp, float entropy_coef, int "
+      "surrogate, int "
+      "level,"
+      " int kl_estimator, int kl_gradient, bool kl_bias_correction, bool sequence_advantages, bool sequence_mean,"
+      " bool per_token) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "value_loss_fwd(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor cu_seqlens,"
       " float epsilon, bool sequence_mean, bool per_token) -> (Tensor, Tensor, Tensor)");
   m.def(
       "rollout_weights_fwd(Tensor old_logps, Tensor sampling_logps, Tensor? mask, Tensor cu_seqlens, int level,"
       " bool truncate, float low, float high, float log_ratio_clamp) -> (Tensor, Tensor)");
+  m.def(
       "dpo_loss_fwd(Tensor logps, Tensor? ref_logps, Tensor? mask, Tensor cu_seqlens, int loss_type, float beta,"
       " float label_smoothing, float margin, bool length_normalized, bool per_pair) -> (Tensor, Tensor, Tensor)");
   m.def(
@@ -106,7 +109,6 @@ STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CPU, m) {
   m.impl("group_advantages_fwd", TORCH_BOX(&rpp::group_advantages_fwd));
   m.impl("group_advantages_bwd", TORCH_BOX(&rpp::group_advantages_bwd));
   m.impl("policy_loss_fwd", TORCH_BOX(&rpp::policy_loss_fwd));
-  m.impl("policy_loss_bwd", TORCH_BOX(&rpp::policy_loss_bwd));
   m.impl("value_loss_fwd", TORCH_BOX(&rpp::value_loss_fwd));
   m.impl("rollout_weights_fwd", TORCH_BOX(&rpp::rollout_weights_fwd));
   m.impl("dpo_loss_fwd", TORCH_BOX(&rpp::dpo_loss_fwd));

@@ -15,12 +15,11 @@ from rpp_kernels.ops.logps import logps_from_logits
 from rpp_kernels.ops.policy_loss import policy_loss, value_loss
 from rpp_kernels.ops.preference import copg_loss, dpo_loss
 from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages
-from rpp_kernels.ops.rewards import normalize_rewards, token_rewards
-from rpp_kernels.ops.totals import num_items_in_batch, sum_over_ranks
 from rpp_kernels.ops.rewards import normalize_rewards, overlong_penalty, token_rewards
 from rpp_kernels.ops.rollout import rollout_weights
 from rpp_kernels.ops.running_mean import RunningMean
 from rpp_kernels.ops.selection import clip_cov_weights, kl_cov_mask, top_entropy_mask
+from rpp_kernels.ops.totals import num_items_in_batch, sum_over_ranks
 from rpp_kernels.reference import (
     GAE,
     CoPGLoss,
@@ -29,10 +28,10 @@ from rpp_kernels.reference import (
     LinearPolicyLoss,
     PolicyLoss,
     PolicyStats,
-    RolloutStats,
-    RolloutWeights,
     PreferenceLoss,
     PreferenceStats,
+    RolloutStats,
+    RolloutWeights,
     TokenLogps,
     ValueLoss,
     ValueStats,
@@ -48,6 +47,8 @@ __all__ = [
     "LinearPolicyLoss",
     "PolicyLoss",
     "PolicyStats",
+    "PreferenceLoss",
+    "PreferenceStats",
     "RolloutStats",
     "RolloutWeights",
     "RunningMean",
@@ -55,19 +56,12 @@ __all__ = [
     "ValueLoss",
     "ValueStats",
     "best_of_group",
-    "PreferenceLoss",
-    "PreferenceStats",
-    "TokenLogps",
-    "ValueLoss",
-    "ValueStats",
+    "clip_cov_weights",
     "copg_loss",
     "dpo_loss",
     "gae",
     "group_advantages",
     "informative_groups",
-    "clip_cov_weights",
-    "gae",
-    "group_advantages",
     "kl_cov_mask",
     "kl_penalty",
     "linear_logps",
@@ -76,15 +70,12 @@ __all__ = [
     "logps_from_logits",
     "normalize_rewards",
     "num_items_in_batch",
-    "policy_loss",
-    "reinforce_pp_advantages",
-    "returns",
-    "sum_over_ranks",
     "overlong_penalty",
     "policy_loss",
     "reinforce_pp_advantages",
     "returns",
     "rollout_weights",
+    "sum_over_ranks",
     "token_rewards",
     "top_entropy_mask",
     "use_backend",

@@ -1,6 +1,7 @@
 #include "cpu/losses.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -40,48 +41,40 @@ std::tuple<Tensor, Tensor, Tensor> fused_loss(Args& a, const Tensor& like, const
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(Tensor logps, Tensor old_logps, Tensor advantages,
-                                                   bool sequence_advantages, MaybeTensor mask, Tensor cu_seqlens,
-                                                   double epsilon_low, double epsilon_high, double dual_clip,
-                                                   double log_ratio_clamp, bool sequence_ratio, bool sequence_mean,
-                                                   bool per_token) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
+    Tensor logps, Tensor old_logps, Tensor advantages, MaybeTensor mask, Tensor cu_seqlens, MaybeTensor weights,
+    MaybeTensor ref_logps, MaybeTensor entropy, MaybeTensor dloss, double option_0, double option_1, double option_2,
+    double option_3, double log_ratio_clamp, double beta, double kl_clamp, double entropy_coef, int64_t surrogate,
+    int64_t level, int64_t kl_estimator, int64_t kl_gradient, bool kl_bias_correction, bool sequence_advantages,
+    bool sequence_mean, bool per_token) {
   return for_float_type(logps, [&]<class T>(T*) {
     const int64_t tokens = logps.numel(), count = cu_seqlens.numel() - 1;
+    const auto number = [](double x) { return static_cast<T>(x); };
+    Tensor entropy_slope;
     PolicyArgs<T> a{};
     a.logps = data_of<T>(logps, tokens, "logps");
     a.old_logps = data_of<T>(old_logps, tokens, "old_logps");
     a.sequence_advantages = sequence_advantages;
     a.advantages = data_of<T>(advantages, a.sequence_advantages ? count : tokens, "advantages");
-    a.sequence_ratio = sequence_ratio;
-    a.low = static_cast<T>(1 - epsilon_low);
-    a.high = static_cast<T>(1 + epsilon_high);
-    a.dual = static_cast<T>(dual_clip);
-    a.log_ratio_clamp = static_cast<T>(log_ratio_clamp);
-    return fused_loss<T>(a, logps, mask, cu_seqlens, sequence_mean, per_token, 7,
-                         [&](int64_t begin, int64_t end) { RPP_CALL(policy_sequences<T>, a, begin, end); });
-  });
-}
-
-// Of unreduced losses of a sequence-level ratio: dlogps_t = sum_u dloss_u slope_u / n over the sequence of t.
-Tensor policy_loss_bwd(Tensor dloss, Tensor slope, MaybeTensor mask, Tensor cu_seqlens) {
-  return for_float_type(slope, [&]<class T>(T*) {
-    const int64_t tokens = slope.numel(), count = cu_seqlens.numel() - 1;
-    const T* d = data_of<T>(dloss, tokens, "dloss");
-    const T* s = data_of<T>(slope, tokens, "slope");
-    const bool* m = data_of<bool>(mask, tokens, "completion_mask");
-    const int64_t* cu = sequences_of(cu_seqlens, tokens);
-    Tensor dlogps;
-    T* out = new_like<T>(slope, {tokens}, dlogps);
-    parallel_rows(count, tokens / std::max<int64_t>(count, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        double sum = 0, valid = 0;
-        for (int64_t t = cu[i]; t < cu[i + 1]; ++t)
-          if (!m || m[t]) sum += double(d[t]) * s[t], valid += 1;
-        const T share = static_cast<T>(sum / std::max(valid, 1.0));
-        for (int64_t t = cu[i]; t < cu[i + 1]; ++t) out[t] = !m || m[t] ? share : T(0);
-      }
-    });
-    return dlogps;
+    a.weights = data_of<T>(weights, tokens, "weights");
+    a.ref_logps = data_of<T>(ref_logps, tokens, "ref_logps");
+    a.entropy = data_of<T>(entropy, tokens, "entropy");
+    a.dloss = data_of<T>(dloss, tokens, "dloss");
+    a.entropy_slope = new_like<T>(logps, {entropy.has_value() ? tokens : 0}, entropy_slope);
+    a.surrogate = surrogate;
+    a.level = static_cast<Level>(level);
+    std::ranges::copy(std::array{number(option_0), number(option_1), number(option_2), number(option_3)}, a.options);
+    a.log_ratio_clamp = number(log_ratio_clamp);
+    a.kl_estimator = kl_estimator;
+    a.kl_gradient = kl_gradient;
+    a.kl_bias_correction = kl_bias_correction;
+    a.beta = number(beta);
+    a.kl_clamp = number(kl_clamp);
+    a.entropy_coef = number(entropy_coef);
+    const auto [loss, slope, stats] =
+        fused_loss<T>(a, logps, mask, cu_seqlens, sequence_mean, per_token, kLossSums - 1,
+                      [&](int64_t begin, int64_t end) { RPP_CALL(policy_sequences<T>, a, begin, end); });
+    return std::tuple{loss, slope, entropy_slope, stats};
   });
 }
 

@@ -16,14 +16,22 @@ struct LossArgs {
   double* sums;  // kLossSums for each sequence: the weighted loss, then the stats in their order
 };
 
-constexpr int kLossSums = 8;
+constexpr int kLossSums = 9;
+
+enum class Level : int64_t { token = 0, sequence = 1, sequence_token = 2 };  // LEVELS in ops/policy_loss.py
 
 template <class T>
 struct PolicyArgs : LossArgs<T> {
   const T *logps, *old_logps, *advantages;
-  bool sequence_advantages;  // one advantage for each sequence
-  bool sequence_ratio;
-  T low, high, dual, log_ratio_clamp;
+  bool sequence_advantages;                        // one advantage for each sequence
+  const T *weights, *ref_logps, *entropy, *dloss;  // each may be null; dloss multiplies each token's whole loss
+  T* entropy_slope;                                // d(loss) / d(entropy), where there is entropy
+  int64_t surrogate;
+  Level level;
+  T options[4], log_ratio_clamp;
+  int64_t kl_estimator, kl_gradient;
+  bool kl_bias_correction;
+  T beta, kl_clamp, entropy_coef;
 };
 
 template <class T>

@@ -12,7 +12,16 @@ from rpp_kernels.ops.chunks import Chunks, Slopes, Statistics, unscaled_dtype
 from rpp_kernels.ops.head import Execution, Head, Needs, Options, checked_head, head_op
 from rpp_kernels.ops.linear_logps import gradient_shapes, token_logps
 from rpp_kernels.ops.linear_loss import detached, over_units, whole_sequences, with_gradients
-from rpp_kernels.ops.policy_loss import check_advantages, check_clips, check_loss, policy_loss
+from rpp_kernels.ops.policy_loss import (
+    PolicyModes,
+    PolicyNumbers,
+    PolicyOptions,
+    check_advantages,
+    check_loss,
+    check_options,
+    check_weights,
+    policy_loss,
+)
 from rpp_kernels.reference import LinearPolicyLoss, PolicyStats
 
 if TYPE_CHECKING:
@@ -33,16 +42,18 @@ def linear_policy_loss_with_gradients(
     old_logps: Tensor | None,
     advantages: Tensor,
     cu_seqlens: Tensor,
+    weights: Tensor | None,
+    ref_logps: Tensor | None,
     divisor: Tensor | None,
     divisor_factor: float,
     token_mean: bool,
-    clips: Sequence[float],
-    sequence_ratio: bool,
-    sequence_mean: bool,
+    policy_numbers: Sequence[float],
+    policy_modes: Sequence[int],
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The divided loss, stats as in policy_loss_fwd, (logps, entropy), and the gradients of the loss."""
-    chunks = Chunks(head, Needs(*needs))
+    chunks, modes = Chunks(head, Needs(*needs)), PolicyModes(*policy_modes)
+    with_entropy = PolicyNumbers(*policy_numbers).entropy_coef != 0
     valid_lengths = lengths = cu_seqlens.diff()
     if head.mask is not None:
         valid_lengths = torch.nn.functional.pad(head.mask.cumsum(0), (1, 0))[cu_seqlens].diff()
@@ -52,34 +63,54 @@ def linear_policy_loss_with_gradients(
     if divisor is None:
         divisor = (valid_lengths if token_mean else valid_lengths > 0).sum().clamp(min=1).double()
     divisor = divisor * divisor_factor
-    weights = None
-    if sequence_mean and not sequence_ratio:  # a chunk may end within a sequence
+    row_weights = None
+    if modes.sequence_mean and not modes.of_sequences:  # a chunk may end within a sequence
         each = valid_lengths.clamp(min=1).double().reciprocal()
-        weights = each.repeat_interleave(lengths, output_size=chunks.rows.shape[0])
+        row_weights = each.repeat_interleave(lengths, output_size=chunks.rows.shape[0])
 
     def slopes_of(unit: slice, statistics: Statistics) -> Slopes | None:
         if not any(needs):
             return None
         rows, logps = chunks.rows[unit], statistics.logps
-        if sequence_ratio:
+        if modes.of_sequences:
             inside = (starts >= unit.start) & (starts <= unit.stop)
             local = starts[inside] - unit.start
         else:
             local = torch.tensor([0, rows.shape[0]], device=logps.device)
-        old = logps if old_logps is None else old_logps[rows]
-        valid = None if chunks.mask is None else chunks.mask[rows]
-        per_sequence = sequence_ratio, sequence_ratio and sequence_mean
-        _, slope, _ = chunks.kernels.policy_loss_fwd(
-            logps, old, advantages[rows], False, valid, local, *clips, *per_sequence, False
+        old, valid, weight, ref = (None if x is None else x[rows] for x in (old_logps, chunks.mask, weights, ref_logps))
+        _, slope, entropy_slope, _ = chunks.kernels.policy_loss_fwd(
+            logps,
+            logps if old is None else old,
+            advantages[rows],
+            valid,
+            local,
+            weight,
+            ref,
+            statistics.entropy if with_entropy else None,
+            None,
+            *policy_numbers,
+            *modes._replace(sequence_mean=modes.sequence_mean and modes.of_sequences),
         )
-        scaled = slope / divisor if weights is None else slope * (weights[unit] / divisor)
-        return Slopes(scaled.to(slope.dtype))
 
-    units = whole_sequences(starts, chunks.tokens) if sequence_ratio and any(needs) else chunks.split(chunks.rows)
+        def divided(x: Tensor) -> Tensor:
+            return (x / divisor if row_weights is None else x * (row_weights[unit] / divisor)).to(x.dtype)
+
+        return Slopes(divided(slope), divided(entropy_slope) if with_entropy else None)
+
+    units = whole_sequences(starts, chunks.tokens) if modes.of_sequences and any(needs) else chunks.split(chunks.rows)
     logps, entropy = over_units(chunks, units, slopes_of)
-    old = logps if old_logps is None else old_logps
-    loss, _, stats = chunks.kernels.policy_loss_fwd(
-        logps, old, advantages, False, head.mask, cu_seqlens, *clips, sequence_ratio, sequence_mean, False
+    loss, _, _, stats = chunks.kernels.policy_loss_fwd(
+        logps,
+        logps if old_logps is None else old_logps,
+        advantages,
+        head.mask,
+        cu_seqlens,
+        weights,
+        ref_logps,
+        entropy if with_entropy else None,
+        None,
+        *policy_numbers,
+        *modes,
     )
     return (loss / divisor).to(loss.dtype), stats, logps, entropy, *chunks.gradients(scaled=False)
 
@@ -92,10 +123,21 @@ def linear_policy_loss(
     advantages: Tensor,  # same, or one for each sequence: (B, 1), and (B,) beside (B, S); constant
     completion_mask: Tensor | None = None,  # (B, S) or (T,) bool
     *,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
+    surrogate: str = "clip",
+    epsilon_low: float | None = None,  # None: the surrogate's own
+    epsilon_high: float | None = None,
     dual_clip: float | None = None,
+    tau_positive: float | None = None,
+    tau_negative: float | None = None,
     importance_sampling_level: str = "token",
+    weights: Tensor | None = None,  # shape of target_ids, constant
+    ref_logps: Tensor | None = None,  # shape of target_ids, constant
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_gradient: str | None = None,
+    kl_clamp: float | None = None,
+    kl_bias_correction: bool = False,
+    entropy_coef: float = 0.0,
     log_ratio_clamp: float = 20.0,
     reduction: str = "token-mean",
     num_items_in_batch: float | Tensor | None = None,
@@ -144,19 +186,33 @@ def linear_policy_loss(
     )
     if reduction == "none":
         fail("reduction", "a sum or a mean (for each token's loss: linear_logps, then policy_loss)", repr(reduction))
+    options = PolicyOptions(
+        surrogate,
+        epsilon_low,
+        epsilon_high,
+        dual_clip,
+        tau_positive,
+        tau_negative,
+        importance_sampling_level,
+        beta,
+        kl_estimator,
+        kl_gradient,
+        kl_clamp,
+        kl_bias_correction,
+        entropy_coef,
+        log_ratio_clamp,
+    )
     shape, dtype = target_ids.shape, result_dtype(hidden_states)
     like = hidden_states[..., 0].detach()  # what policy_loss would be given as logps
-    constants = {} if old_logps is None else {"old_logps": old_logps}
+    constants = {"old_logps": old_logps, "weights": weights, "ref_logps": ref_logps}
     mean = reduction, num_items_in_batch, max_completion_length
     starts = check_loss("target_ids", like, constants, completion_mask, *mean, cu_seqlens)
     check_advantages(advantages, like, starts.shape[0] - 1, cu_seqlens)
-    clips = check_clips(epsilon_low, epsilon_high, dual_clip, importance_sampling_level, log_ratio_clamp)
-    policy: dict[str, Any] = {
-        "epsilon_low": epsilon_low,
-        "epsilon_high": epsilon_high,
-        "dual_clip": dual_clip,
-        "importance_sampling_level": importance_sampling_level,
-        "log_ratio_clamp": log_ratio_clamp,
+    check_weights(weights, completion_mask)
+    numbers, modes = check_options(options, ref_logps)
+    policy: dict[str, Any] = options.by_name() | {
+        "weights": weights,
+        "ref_logps": ref_logps,
         "reduction": reduction,
         "num_items_in_batch": num_items_in_batch,
         "max_completion_length": max_completion_length,
@@ -165,11 +221,9 @@ def linear_policy_loss(
     if head.backend == "reference":
         with torch.autocast(hidden_states.device.type, enabled=False):
             return reference.linear_policy_loss(old_logps=old_logps, advantages=advantages, **arguments, **policy)
-    sequence_ratio = importance_sampling_level == "sequence"
-    if sequence_ratio and head.needs.frozen:
+    if modes.of_sequences and head.needs.frozen and entropy_coef == 0:
         logps, entropy, _ = token_logps(head, shape, keep_bytes=0)
-        old = logps.detach() if old_logps is None else old_logps
-        loss, named = policy_loss(logps, old, advantages, completion_mask, **policy)
+        loss, named = policy_loss(logps, old_logps, advantages, completion_mask, **policy)
         return LinearPolicyLoss(loss, named, logps.detach(), entropy.detach())
     each = flat(advantages, dtype)
     if advantages.shape != shape:
@@ -177,17 +231,19 @@ def linear_policy_loss(
     count = None
     if num_items_in_batch is not None:
         count = torch.as_tensor(num_items_in_batch, dtype=torch.float64, device=like.device)
+    old, weights, ref_logps = (None if x is None else flat(x, dtype) for x in (old_logps, weights, ref_logps))
     loss, stats, logps, entropy, *gradients = linear_policy_loss_with_gradients(
         *detached(head),
-        None if old_logps is None else flat(old_logps, dtype),
+        old,
         each,
         starts,
+        weights,
+        ref_logps,
         count,
         float(max_completion_length or 1),
         reduction == "token-mean",
-        clips,
-        sequence_ratio,
-        reduction == "seq-mean-token-mean",
+        numbers,
+        modes._replace(sequence_mean=reduction == "seq-mean-token-mean"),
         head.needs,
     )
     named = PolicyStats(*stats.unbind())

@@ -20,28 +20,13 @@ from rpp_kernels.reference.kl import kl_penalty
 from rpp_kernels.reference.linear_loss import LinearLoss, linear_loss
 from rpp_kernels.reference.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from rpp_kernels.reference.logps import TokenLogps, linear_logps, logps_from_logits
-from rpp_kernels.reference.policy_loss import (
-    PolicyLoss,
-    PolicyStats,
-    ValueLoss,
-    ValueStats,
-    policy_loss,
-    value_loss,
-)
-from rpp_kernels.reference.preference import (
-    CoPGLoss,
-    CoPGStats,
-    PreferenceLoss,
-    PreferenceStats,
-    copg_loss,
-    dpo_loss,
-)
+from rpp_kernels.reference.policy_loss import PolicyLoss, PolicyStats, ValueLoss, ValueStats, policy_loss, value_loss
+from rpp_kernels.reference.preference import CoPGLoss, CoPGStats, PreferenceLoss, PreferenceStats, copg_loss, dpo_loss
 from rpp_kernels.reference.reinforce_pp import reinforce_pp_advantages
-from rpp_kernels.reference.rewards import normalize_rewards, token_rewards
-from rpp_kernels.reference.totals import num_items_in_batch, sum_over_ranks
 from rpp_kernels.reference.rewards import normalize_rewards, overlong_penalty, token_rewards
 from rpp_kernels.reference.rollout import RolloutStats, RolloutWeights, rollout_weights
 from rpp_kernels.reference.selection import clip_cov_weights, kl_cov_mask, top_entropy_mask
+from rpp_kernels.reference.totals import num_items_in_batch, sum_over_ranks
 
 __all__ = [
     "GAE",
@@ -51,25 +36,20 @@ __all__ = [
     "LinearPolicyLoss",
     "PolicyLoss",
     "PolicyStats",
+    "PreferenceLoss",
+    "PreferenceStats",
     "RolloutStats",
     "RolloutWeights",
     "TokenLogps",
     "ValueLoss",
     "ValueStats",
     "best_of_group",
-    "PreferenceLoss",
-    "PreferenceStats",
-    "TokenLogps",
-    "ValueLoss",
-    "ValueStats",
+    "clip_cov_weights",
     "copg_loss",
     "dpo_loss",
     "gae",
     "group_advantages",
     "informative_groups",
-    "clip_cov_weights",
-    "gae",
-    "group_advantages",
     "kl_cov_mask",
     "kl_penalty",
     "linear_logps",
@@ -78,15 +58,12 @@ __all__ = [
     "logps_from_logits",
     "normalize_rewards",
     "num_items_in_batch",
-    "policy_loss",
-    "reinforce_pp_advantages",
-    "returns",
-    "sum_over_ranks",
     "overlong_penalty",
     "policy_loss",
     "reinforce_pp_advantages",
     "returns",
     "rollout_weights",
+    "sum_over_ranks",
     "token_rewards",
     "top_entropy_mask",
     "value_loss",

@@ -133,6 +133,8 @@ def _clip_cov(f, x, mask, cu_seqlens, advantages="advantages"):
 def _kl_cov(f, x, mask, cu_seqlens, advantages="advantages"):
     worth = x[advantages][:, None] if advantages in PER_SEQUENCE else x[advantages]
     return f.kl_cov_mask(x["logps"], worth, mask, fraction=0.2, cu_seqlens=cu_seqlens).float()
+
+
 def _whole_groups(x, mask, cu_seqlens, size):
     """Without the sequences at the end that make no whole group: tensors of tokens, the mask, cu_seqlens."""
     batch = (x["target_ids"].shape[0] if cu_seqlens is None else len(cu_seqlens) - 1) // size * size
@@ -231,6 +233,7 @@ CALLS = {
     "clip_cov_weights of an advantage for each sequence": Call(partial(_clip_cov, advantages="scores"), ()),
     "kl_cov_mask": Call(_kl_cov, ()),
     "kl_cov_mask of an advantage for each sequence": Call(partial(_kl_cov, advantages="scores"), ()),
+    **{
         f"dpo_loss {t}": Call(partial(_dpo, loss_type=t, beta=0.3, label_smoothing=e), ("logps",))
         for t, e in LOSS_TYPES.items()
     },

@@ -260,6 +260,7 @@ def op_cases():
         "rollout_weights_fwd": [
             (x["old_logps"], x["ref_logps"], mask, cu, level, truncate, 0.5, 2.0, 20.0, backend)
             for level, truncate in ((0, False), (1, True), (2, False))
+        ],
         "dpo_loss_fwd": [
             (*policy, mask, cu, 0, 0.1, 0.2, 0.3, False, False, backend),
             (x["logps"], None, None, cu, 1, 0.1, 0.0, 0.0, True, True, backend),
@@ -278,9 +279,8 @@ def registered_ops():
 
 def differentiable(name, arguments):
     """The arguments with what a forward op is differentiated in requiring grad; constants are refused above the op."""
-    constants = {"policy_loss_fwd": (1, 2), "value_loss_fwd": (1, 2), "rollout_weights_fwd": (0, 1)}.get(name, ())
     losses = "policy_loss_fwd", "value_loss_fwd", "dpo_loss_fwd", "copg_loss_fwd"
-    constants = (1, 2) if name in losses else ()
+    constants = (1, 2) if name in losses else (0, 1) if name == "rollout_weights_fwd" else ()
     temperature = {"logps_fwd": 4, "linear_logps_fwd": 7}.get(name)
 
     def prepare(i, x):

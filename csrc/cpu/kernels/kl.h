@@ -15,11 +15,5 @@ RPP_HD void kl_tokens(const KlArgs<T>& a, int64_t begin, int64_t end) {
 
 template <class T>
 void kl_tokens(const KlArgs<T>& a, int64_t begin, int64_t end) {
-  switch (static_cast<Kl>(a.estimator)) {
-    case Kl::none: return kl_tokens<Kl::none>(a, begin, end);
-    case Kl::k1: return kl_tokens<Kl::k1>(a, begin, end);
-    case Kl::k2: return kl_tokens<Kl::k2>(a, begin, end);
-    case Kl::k3: return kl_tokens<Kl::k3>(a, begin, end);
-    case Kl::abs: return kl_tokens<Kl::abs>(a, begin, end);
-  }
+  with_estimator(a.estimator, [&]<Kl estimator>() { kl_tokens<estimator>(a, begin, end); });
 }

@@ -10,56 +10,154 @@ RPP_HD int64_t count_valid(const bool* mask, int64_t begin, int64_t end) {
 }
 
 template <class T>
-RPP_HD T mean_log_ratio(const PolicyArgs<T>& a, int64_t begin, int64_t end, int64_t valid) {
-  LaneSums<T, 1> sum;
-  sum.walk(begin, end, [&](int64_t i, int64_t n) {
-    const Vector<T> d = load_tokens(a.logps, i, n) - load_tokens(a.old_logps, i, n);
-    sum.lane[0] += token_mask<T>(a.mask, i, n) ? d : Vector<T>{};
-  });
-  return static_cast<T>(sum.total[0] / std::max<int64_t>(valid, 1));
-}
+struct PolicyTokens {
+  Mask<Vector<T>> mask;
+  Vector<T> logp, log_ratio, advantage;  // 0 where masked
+};
 
 template <class T>
+RPP_HD PolicyTokens<T> load_policy(const PolicyArgs<T>& a, int64_t sequence, int64_t i, int64_t n) {
+  using V = Vector<T>;
+  const auto mask = token_mask<T>(a.mask, i, n);
+  const V logp = load_tokens(a.logps, i, n), log_ratio = logp - load_tokens(a.old_logps, i, n);
+  const V advantage = a.sequence_advantages ? V{} + a.advantages[sequence] : load_tokens(a.advantages, i, n);
+  return {mask, mask ? logp : V{}, mask ? log_ratio : V{}, mask ? advantage : V{}};
+}
+
+// Over a sequence: of the log-ratios, and of what the surrogate makes of them.
+template <class T>
+struct MeanLogRatio {
+  T plain, surrogate;
+};
+
+template <Surrogate surrogate, class T>
+RPP_HD MeanLogRatio<T> mean_log_ratio(const PolicyArgs<T>& a, int64_t sequence, int64_t valid,
+                                      SurrogateOptions<Vector<T>> options) {
+  LaneSums<T, 2> sum;
+  sum.walk(a.cu_seqlens[sequence], a.cu_seqlens[sequence + 1], [&](int64_t i, int64_t n) {
+    const auto x = load_policy(a, sequence, i, n);
+    sum.lane[0] += x.log_ratio;
+    sum.lane[1] += log_ratio_term<surrogate>(x.log_ratio, x.advantage, options).value;
+  });
+  const int64_t count = std::max<int64_t>(valid, 1);
+  return {static_cast<T>(sum.total[0] / count), static_cast<T>(sum.total[1] / count)};
+}
+
+// The KL estimates of a block of tokens and their slopes: estimators are chosen outside of the loop, and not within the
+// kernel of each surrogate.
+template <class T>
+struct KlBlock {
+  T value[LaneSums<T, 1>::kBlock], slope[LaneSums<T, 1>::kBlock];
+};
+
+template <class T>
+__attribute__((noinline)) void kl_block(const PolicyArgs<T>& a, int64_t begin, int64_t end, KlBlock<T>& kl) {
+  using V = Vector<T>;
+  const T unclamped = std::numeric_limits<T>::infinity();
+  const KlClamps<V> clamps = {V{} + a.log_ratio_clamp, V{} + a.kl_clamp};
+  const KlClamps<V> own = {clamps.log_ratio, V{} + (a.kl_gradient == a.kl_estimator ? a.kl_clamp : unclamped)};
+  const auto each = [&](T* out, const auto& f) {
+    for_each_vector<T>(begin, end, [&](int64_t i, int64_t n) {
+      const V d = load_tokens(a.logps, i, n) - load_tokens(a.ref_logps, i, n);
+      store(out + (i - begin), token_mask<T>(a.mask, i, n) ? f(d) : V{});
+    });
+  };
+  with_estimator(a.kl_estimator, [&]<Kl k>() { each(kl.value, [&](V d) { return kl_value<k>(d, clamps); }); });
+  with_estimator(a.kl_gradient, [&]<Kl k>() { each(kl.slope, [&](V d) { return kl_slope<k>(d, own); }); });
+}
+
+// The slope of a token has a part of its own, and at Level::sequence a share of what moves the ratio of all tokens.
+template <Surrogate surrogate, class T>
 RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
   using V = Vector<T>;
   const int64_t begin = a.cu_seqlens[sequence], end = a.cu_seqlens[sequence + 1];
   const int64_t valid = count_valid(a.mask, begin, end);
-  const T weight = a.sequence_mean ? T(1) / std::max<int64_t>(valid, 1) : T(1);
-  const V sequence_log_ratio = V{} + (a.sequence_ratio ? mean_log_ratio(a, begin, end, valid) : T(0));
-  const V sequence_advantage = V{} + (a.sequence_advantages ? a.advantages[sequence] : T(0));
-  const Clip<V> clip = {V{} + a.low, V{} + a.high, V{} + a.dual, V{} + a.log_ratio_clamp};
-  const V one = num<V>(1), zero{};
-  LaneSums<T, 7> sum;
-  sum.walk(begin, end, [&](int64_t i, int64_t n) {
-    const auto mask = token_mask<T>(a.mask, i, n);
-    const V d = mask ? load_tokens(a.logps, i, n) - load_tokens(a.old_logps, i, n) : zero;
-    const V advantage = mask ? (a.sequence_advantages ? sequence_advantage : load_tokens(a.advantages, i, n)) : zero;
-    const auto s = clipped_surrogate(a.sequence_ratio ? sequence_log_ratio : d, advantage, clip);
-    const V slope = s.slope * weight;  // 0 where masked: the advantage is
-    store_tokens(a.slope, i, n, slope);
-    if (a.loss) store_tokens(a.loss, i, n, s.loss);
-    sum.lane[0] += s.loss;
-    sum.lane[1] += s.clipped_low ? one : zero;
-    sum.lane[2] += s.clipped_high ? one : zero;
-    sum.lane[3] += s.dual_clipped ? one : zero;
-    sum.lane[4] += mask ? s.ratio : zero;
-    sum.lane[5] -= d;
-    sum.lane[6] += slope;
-  });
-  if (a.sequence_ratio && !a.loss) {  // the ratio is one for all tokens, and each moves it by 1 / n
-    const V share = V{} + static_cast<T>(sum.total[6] / std::max<int64_t>(valid, 1));
+  const T sequence_weight = a.sequence_mean ? T(1) / std::max<int64_t>(valid, 1) : T(1);
+  const SurrogateOptions<V> options = {V{} + a.options[0], V{} + a.options[1], V{} + a.options[2], V{} + a.options[3]};
+  const V one = num<V>(1), zero{}, most = V{} + a.log_ratio_clamp, beta = V{} + a.beta, length = num<V>(valid);
+  const bool of_token = a.level == Level::token, shared = a.level == Level::sequence;
+  const auto mean = of_token ? MeanLogRatio<T>{} : mean_log_ratio<surrogate>(a, sequence, valid, options);
+  LaneSums<T, 9> sum;
+  KlBlock<T> kl_of;
+  for (int64_t start = begin; start < end; start += sum.kBlock) {
+    const int64_t stop = std::min(start + sum.kBlock, end);
+    if (a.ref_logps) kl_block(a, start, stop, kl_of);
+    for_each_vector<T>(start, stop, [&](int64_t i, int64_t n) {
+      const auto x = load_policy(a, sequence, i, n);
+      const auto at = [&](const T* p) { return x.mask ? load_tokens(p, i, n) : zero; };
+      const Ratio<V> ratio = ratio_of(of_token ? x.log_ratio : V{} + mean.plain, most);
+      Ratio<V> of_surrogate = ratio;
+      if constexpr (surrogate == Surrogate::gmpo) of_surrogate = ratio_of(V{} + mean.surrogate, most);
+      const auto s =
+          surrogate_loss<surrogate>(PolicyToken<V>{x.logp, x.advantage, x.log_ratio, of_surrogate, length}, options);
+      V loss = s.loss, own = s.logp_slope, through = of_surrogate.clamped ? zero : s.ratio_slope, through_kl = zero;
+      if (a.weights) {
+        const V weight = at(a.weights);
+        loss *= weight, own *= weight, through *= weight;
+      }
+      if (a.ref_logps) {
+        const V kl = load(kl_of.value + (i - start)), slope = load(kl_of.slope + (i - start));
+        const V factor = a.kl_bias_correction ? beta * ratio.value : beta;
+        loss += kl * factor, own += slope * factor;
+        if (a.kl_bias_correction) through_kl = ratio.clamped ? zero : kl * factor;
+        sum.lane[6] += kl;
+      }
+      if (a.entropy) {
+        loss -= at(a.entropy) * a.entropy_coef;
+        store_tokens(a.entropy_slope, i, n, x.mask ? zero - a.entropy_coef * sequence_weight : zero);
+      }
+      const V weight = a.dloss ? at(a.dloss) * sequence_weight : V{} + sequence_weight;
+      through *= weight, through_kl *= weight, own *= weight;
+      if (shared) sum.lane[7] += x.mask ? through : zero, sum.lane[8] += x.mask ? through_kl : zero;
+      else own += through + through_kl;
+      loss = x.mask ? loss : zero;
+      store_tokens(a.slope, i, n, x.mask ? own : zero);
+      if (a.loss) store_tokens(a.loss, i, n, loss);
+      sum.lane[0] += loss;
+      sum.lane[1] += x.mask & s.clipped_low ? one : zero;
+      sum.lane[2] += x.mask & s.clipped_high ? one : zero;
+      sum.lane[3] += x.mask & s.dual_clipped ? one : zero;
+      sum.lane[4] += x.mask ? ratio.value : zero;
+      sum.lane[5] -= x.log_ratio;
+    });
+    sum.flush();
+  }
+  if (shared) {  // the ratio is one for all tokens, and each moves it by 1 / n
+    const double count = std::max<int64_t>(valid, 1);
+    const V share = V{} + static_cast<T>(sum.total[7] / count), kl_share = V{} + static_cast<T>(sum.total[8] / count);
     for_each_vector<T>(begin, end, [&](int64_t i, int64_t n) {
-      store_tokens(a.slope, i, n, token_mask<T>(a.mask, i, n) ? share : zero);
+      const auto x = load_policy(a, sequence, i, n);
+      const V moves = log_ratio_term<surrogate>(x.log_ratio, x.advantage, options).slope;
+      const V slope = load_tokens<T>(a.slope, i, n) + share * moves + kl_share;
+      store_tokens(a.slope, i, n, x.mask ? slope : zero);
     });
   }
-  const double sums[kLossSums] = {sum.total[0] * weight, double(valid), double(valid > 0), sum.total[1],
-                                  sum.total[2],          sum.total[3],  sum.total[4],      sum.total[5]};
+  const double sums[kLossSums] = {sum.total[0] * sequence_weight,
+                                  double(valid),
+                                  double(valid > 0),
+                                  sum.total[1],
+                                  sum.total[2],
+                                  sum.total[3],
+                                  sum.total[4],
+                                  sum.total[5],
+                                  sum.total[6]};
   std::copy_n(sums, kLossSums, a.sums + sequence * kLossSums);
+}
+
+template <Surrogate surrogate, class T>
+void policy_sequences(const PolicyArgs<T>& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) policy_sequence<surrogate>(a, i);
 }
 
 template <class T>
 void policy_sequences(const PolicyArgs<T>& a, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) policy_sequence(a, i);
+  switch (static_cast<Surrogate>(a.surrogate)) {
+    case Surrogate::clip: return policy_sequences<Surrogate::clip>(a, begin, end);
+    case Surrogate::reinforce: return policy_sequences<Surrogate::reinforce>(a, begin, end);
+    case Surrogate::cispo: return policy_sequences<Surrogate::cispo>(a, begin, end);
+    case Surrogate::sapo: return policy_sequences<Surrogate::sapo>(a, begin, end);
+    case Surrogate::gmpo: return policy_sequences<Surrogate::gmpo>(a, begin, end);
+  }
 }
 
 template <class T>

@@ -46,3 +46,15 @@ struct LaneSums {
     }
   }
 };
+
+// f.operator()<estimator>(), chosen once for all tokens.
+template <class F>
+RPP_HD void with_estimator(int64_t estimator, const F& f) {
+  switch (static_cast<Kl>(estimator)) {
+    case Kl::none: return f.template operator()<Kl::none>();
+    case Kl::k1: return f.template operator()<Kl::k1>();
+    case Kl::k2: return f.template operator()<Kl::k2>();
+    case Kl::k3: return f.template operator()<Kl::k3>();
+    case Kl::abs: return f.template operator()<Kl::abs>();
+  }
+}
