@@ -1,15 +1,18 @@
-"""Writes the generated tables of README.md. `python docs/tables.py --check` fails where one is out of date."""
+"""Writes the generated tables of the documentation. `python docs/tables.py --check` fails where one is out of date."""
 
+import dataclasses
 import inspect
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import rpp_kernels as rpp
+from rpp_kernels.recipes import ALGORITHMS, DIALECTS, EXTRAS, Recipe
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 # Public function -> the native kernels it is made of; none of those that are plain PyTorch everywhere.
 KERNELS = {
@@ -28,7 +31,7 @@ KERNELS = {
     "best_of_group": [],
     "informative_groups": [],
     "reinforce_pp_advantages": ["reinforce_pp_fwd", "whiten_out"],
-    "policy_loss": ["policy_loss_fwd", "policy_loss_bwd"],
+    "policy_loss": ["policy_loss_fwd"],
     "value_loss": ["value_loss_fwd"],
     "num_items_in_batch": [],
     "sum_over_ranks": [],
@@ -47,31 +50,116 @@ def has_kernel(name: str, device: str) -> bool:
 
 
 def ops_table() -> str:
-    functions = [n for n in rpp.__all__ if inspect.isfunction(getattr(rpp, n)) and n != "use_backend"]
+    functions = [n for n in rpp.__all__ if inspect.isfunction(getattr(rpp, n)) and n not in ("recipe", "use_backend")]
     if sorted(functions) != sorted(KERNELS):
         raise SystemExit(f"docs/tables.py: KERNELS does not list {sorted(set(functions) ^ set(KERNELS))}")
-    lines = ["| function | what it gives | reference | native CPU | CUDA |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for name, kernels in KERNELS.items():
         what = inspect.getdoc(getattr(rpp, name)).splitlines()[0].rstrip(".").replace("|", "\\|")
         cells = ["yes" if all(has_kernel(k, device) for k in kernels) else "no" for device in ("CPU", "CUDA")]
         cells = cells if kernels else ["PyTorch", "PyTorch"]
-        lines.append(f"| `{name}` | {what} | yes | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"`{name}`", what, "yes", *cells])
+    return markdown(["function", "what it gives", "reference", "native CPU", "CUDA"], rows)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+# The axes of a recipe and the fields that say where on each it stands; the first one names the place.
+AXES = {
+    "advantage": ["baseline", "std", "group_scale", "time", "gamma", "gae_lambda", "gap", "whiten", "whiten_eps_mode"],
+    "KL": ["kl_place", "kl_estimator", "kl_gradient", "kl_clamp", "kl_bias_correction", "beta"],
+    "surrogate": ["surrogate", "epsilon_low", "epsilon_high", "dual_clip", "tau_positive", "tau_negative"],
+    "ratio of": ["importance_sampling_level"],
+    "reduction": ["reduction"],
+}
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
+NAMING = ("name", "paper", "equation", "dialect")
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " to ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
+
+
+def axis(recipe: Recipe, fields: list[str]) -> str:
+    """The place on an axis, and every constant there that is not the default."""
+    first, *others = ((field, getattr(recipe, field)) for field in fields)
+    if first[1] == "none" and first[0] == "kl_place":
+        return "none"
+    said = [f"{field} {shown(value)}" for field, value in others if value != DEFAULTS[field]]
+    return ", ".join([shown(first[1]), *said])
+
+
+def algorithms_table() -> str:
+    in_axes = {field for fields in AXES.values() for field in fields}
+    rows = []
+    for name in ALGORITHMS:
+        recipe = rpp.recipe(name)
+        extras = [f for f in DEFAULTS if f not in in_axes and f not in NAMING and getattr(recipe, f) != DEFAULTS[f]]
+        cells = [axis(recipe, fields) for fields in AXES.values()]
+        if recipe.loss_function != "policy":
+            cells = ["pairs", axis(recipe, AXES["KL"]), f"`{recipe.loss_function}_loss`", "sequence", "mean"]
+        more = ", ".join(f"{field} {shown(getattr(recipe, field))}" for field in extras) or "-"
+        equation = recipe.equation.replace("|", "\\|")
+        rows.append([f"`{name}`", recipe.paper, equation, *cells, more])
+    return markdown(["algorithm", "source", "loss of a token", *AXES, "other"], rows)
+
+
+def extras_table() -> str:
+    rows = []
+    for name, row in EXTRAS.items():
+        fields = ", ".join(f"{field} {shown(value)}" for field, value in row.items() if field != "paper")
+        rows.append([f"`{name}`", row["paper"], fields])
+    return markdown(["extra", "source", "sets"], rows)
+
+
+def dialects_table() -> str:
+    """A row for each field in which a dialect differs from the papers' algorithm."""
+    rows = []
+    for name in ALGORITHMS:
+        ours = rpp.recipe(name)
+        theirs = {host: rpp.recipe(name, dialect=host) for host, names in DIALECTS.items() if name in names}
+        for field in DEFAULTS:
+            values = [getattr(r, field) for r in theirs.values()]
+            if field in NAMING or all(value == getattr(ours, field) for value in values):
+                continue
+            cells = []
+            for host in DIALECTS:
+                value = getattr(theirs.get(host), field, None)
+                same = host in theirs and value == getattr(ours, field)
+                cells.append("-" if host not in theirs else "" if same else shown(value))
+            rows.append([f"`{name}`", field, shown(getattr(ours, field)), *cells])
+    return markdown(["algorithm", "field", "rpp", *DIALECTS], rows)
+
+
+TABLES = {
+    ROOT / "README.md": {"ops": ops_table},
+    ROOT / "docs" / "algorithms.md": {
+        "algorithms": algorithms_table,
+        "extras": extras_table,
+        "dialects": dialects_table,
+    },
+}
 
 
 def with_table(text: str, name: str, table: str) -> str:
     pattern = rf"(<!-- generated by docs/tables\.py: {name} -->\n).*?(<!-- end -->)"
     if len(re.findall(pattern, text, flags=re.S)) != 1:
-        raise SystemExit(f"README.md has no place for the table {name!r}")
+        raise SystemExit(f"there is no place for the table {name!r}")
     return re.sub(pattern, lambda match: f"{match[1]}{table}\n{match[2]}", text, flags=re.S)
 
 
 def main() -> None:
-    text = README.read_text()
-    wanted = with_table(text, "ops", ops_table())
-    if "--check" in sys.argv[1:] and wanted != text:
-        raise SystemExit("README.md is out of date: run `python docs/tables.py`")
-    README.write_text(wanted)
+    for path, tables in TABLES.items():
+        text = wanted = path.read_text()
+        for name, table in tables.items():
+            wanted = with_table(wanted, name, table())
+        if "--check" in sys.argv[1:] and wanted != text:
+            raise SystemExit(f"{path.relative_to(ROOT)} is out of date: run `python docs/tables.py`")
+        path.write_text(wanted)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rpp_kernels.ops.rollout import rollout_weights
 from rpp_kernels.ops.running_mean import RunningMean
 from rpp_kernels.ops.selection import clip_cov_weights, kl_cov_mask, top_entropy_mask
 from rpp_kernels.ops.totals import num_items_in_batch, sum_over_ranks
+from rpp_kernels.recipes import ALGORITHMS, DIALECTS, EXTRAS, Recipe, Worth, recipe
 from rpp_kernels.reference import (
     GAE,
     CoPGLoss,
@@ -40,6 +41,9 @@ from rpp_kernels.reference import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALGORITHMS",
+    "DIALECTS",
+    "EXTRAS",
     "GAE",
     "CoPGLoss",
     "CoPGStats",
@@ -49,12 +53,14 @@ __all__ = [
     "PolicyStats",
     "PreferenceLoss",
     "PreferenceStats",
+    "Recipe",
     "RolloutStats",
     "RolloutWeights",
     "RunningMean",
     "TokenLogps",
     "ValueLoss",
     "ValueStats",
+    "Worth",
     "best_of_group",
     "clip_cov_weights",
     "copg_loss",
@@ -72,6 +78,7 @@ __all__ = [
     "num_items_in_batch",
     "overlong_penalty",
     "policy_loss",
+    "recipe",
     "reinforce_pp_advantages",
     "returns",
     "rollout_weights",

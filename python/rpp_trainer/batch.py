@@ -12,11 +12,11 @@ class Batch:
 
     input_ids: Tensor  # (B, P+S) int64
     attention_mask: Tensor  # (B, P+S) bool: prompt and completion tokens, no padding
-    completion_mask: Tensor  # (B, S) bool: generated tokens, up to and including the EOS
+    completion_mask: Tensor  # (B, S) bool: generated tokens that are trained on, up to and including the EOS
     scores: Tensor | None = None  # (B,)
     old_logps: Tensor | None = None  # (B, S), of the policy that sampled
     ref_logps: Tensor | None = None  # (B, S), of the initial policy
-    advantages: Tensor | None = None  # (B, S)
+    advantages: Tensor | None = None  # (B, S) or (B, 1)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

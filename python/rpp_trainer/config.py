@@ -8,14 +8,37 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import tyro
+
+import rpp_kernels as rpp
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+def _trainable(row: dict[str, Any]) -> bool:
+    """Whether an algorithm needs no critic, no greedy completions and no preferences, which the trainer has not."""
+    return "loss_function" not in row and row.get("baseline") not in ("critic", "greedy")
+
+
+RECIPES = tuple(name for name, row in rpp.ALGORITHMS.items() if _trainable(row))
+# Fields that change the recipe where they are set.
+OVERRIDES = (
+    "baseline",
+    "reward_zscore",
+    "reward_clip",
+    "reward_scale",
+    "beta",
+    "kl_estimator",
+    "gamma",
+    "epsilon_low",
+    "epsilon_high",
+    "reduction",
+)
 
 
 class ConfigError(ValueError):
@@ -24,7 +47,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """REINFORCE++ on any Hugging Face causal LM.
+    """REINFORCE++, or another algorithm of its family, on any Hugging Face causal LM.
 
     Without arguments: a tiny Qwen2, made here, learns to sort letters on two CPU cores in about two minutes.
     Every option may also stand in a TOML file: `--config FILE`, or `--config smollm2` for one that ships with the
@@ -95,22 +118,36 @@ class Config:
     generation_batch_size: int = 0
     """Completions generated at once, to bound memory; 0: all."""
 
-    # ---- reward and advantage
-    baseline: Literal["none", "group"] = "none"
-    """`none` is REINFORCE++ proper, and likes symmetric scores such as -1 / +1.
-    `group` first subtracts the mean score of the prompt's completions (eq. 6 of the paper's v9)."""
-    reward_zscore: bool = False
-    """Whiten the scores over the rollout first [R++ 3.4]; advantages are whitened later in any case."""
-    reward_clip: float = 10.0
-    """Scores are clipped to +- this [R++ 3.4; the constant is OpenRLHF's]; `inf` for no clipping."""
-    reward_scale: float = 1.0
+    # ---- the algorithm
+    recipe: Literal[RECIPES] = "reinforce_pp"  # type: ignore[valid-type]
+    """The algorithm, a row of docs/algorithms.md. What follows until `update` changes the row where it is set."""
+    dialect: Literal["rpp", "openrlhf", "verl", "trl", "nemo"] = "rpp"
+    """`rpp` is the paper's definition; the others are what those trainers compute under the same name."""
+    extras: tuple[str, ...] = ()
+    """What is added to it, such as dual_clip or entropy_bonus (docs/algorithms.md)."""
+    baseline: Literal["none", "mean", "leave-one-out"] | None = None
+    """What is taken off a score: nothing, the mean score of the prompt's completions, or that of its other ones.
+    Without a baseline REINFORCE++ likes symmetric scores such as -1 / +1."""
+    reward_zscore: bool | None = None
+    """Whether scores are whitened over the rollout first [R++ 3.4]."""
+    reward_clip: float | None = None
+    """Scores are clipped to +- this [R++ 3.4; the recipe's 10 is OpenRLHF's]; `inf` for no clipping."""
+    reward_scale: float | None = None
     """And multiplied by this [R++ 3.4]."""
-    beta: float = 0.01
-    """Coefficient of the per-token KL to the initial policy, taken off the reward [R++ eq. 4-5, Table 1: 0.01]."""
-    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    beta: float | None = None
+    """Coefficient of the KL to the initial policy [R++ Table 1: 0.01]."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] | None = None
     """Estimator of that KL [R++ eq. 5: k1]."""
-    gamma: float = 1.0
+    gamma: float | None = None
     """Discount per token [R++ Table 1: 1.0]."""
+    epsilon_low: float | None = None
+    """The ratio is clipped below at 1 - epsilon_low [R++ eq. 6, Table 1: 0.2]."""
+    epsilon_high: float | None = None
+    """And above at 1 + epsilon_high [R++ Table 1: 0.2]."""
+    reduction: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None = (
+        None
+    )
+    """How the token losses of an optimizer step become one number [R++ eq. 6 is the token mean]."""
 
     # ---- update
     train_batch_size: int = 128
@@ -127,45 +164,47 @@ class Config:
     """`linear` falls to 0 at the end of the run, so that the last policy is a settled one."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this 2-norm."""
-    epsilon_low: float = 0.2
-    """The ratio is clipped below at 1 - epsilon_low [R++ eq. 6, Table 1: 0.2]."""
-    epsilon_high: float = 0.2
-    """And above at 1 + epsilon_high [R++ Table 1: 0.2]."""
-    reduction: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
-    """How the token losses of an optimizer step become one number [R++ eq. 6 is the token mean]."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float) and (isinstance(value, bool) or not isinstance(value, int | field.type)):
-                raise ConfigError(f"{field.name}: is {value!r}, wanted a number ({field.type.__name__})")
-            if field.type in (str, bool) and not isinstance(value, field.type):
-                raise ConfigError(f"{field.name}: is {value!r}, wanted a {field.type.__name__}")
-            choices = getattr(field.type, "__args__", ())
-            if choices and value not in choices:
-                raise ConfigError(f"{field.name}: is {value!r}, wanted one of {', '.join(map(repr, choices))}")
+            wanted = _wanted(field.type, value)
+            if wanted:
+                raise ConfigError(f"{field.name}: is {value!r}, wanted {wanted}")
         positive = "rollout_batch_size group_size max_completion_length train_batch_size epochs num_eval_prompts"
         for name in positive.split():
             self._want(name, getattr(self, name) >= 1, "at least 1")
-        for name in ["temperature", "learning_rate", "max_grad_norm", "reward_clip", "warm_start_learning_rate"]:
+        for name in ["temperature", "learning_rate", "max_grad_norm", "warm_start_learning_rate"]:
             self._want(name, getattr(self, name) > 0, "more than 0")
         for name in ["steps", "eval_every", "threads", "generation_batch_size", "micro_batch_size"]:
             self._want(name, getattr(self, name) >= 0, "0 or more")
         for name in ["beta", "epsilon_high", "warm_start_steps"]:
-            self._want(name, getattr(self, name) >= 0, "0 or more")
+            self._want(name, (getattr(self, name) or 0) >= 0, "0 or more")
         self._want("temperature", math.isfinite(self.temperature), "a finite number")
-        self._want("epsilon_low", 0 <= self.epsilon_low <= 1, "between 0 and 1")
-        self._want("gamma", 0 <= self.gamma <= 1, "between 0 and 1")
+        self._want("reward_clip", self.reward_clip is None or self.reward_clip > 0, "more than 0")
+        for name in ["epsilon_low", "gamma"]:
+            self._want(name, 0 <= (getattr(self, name) or 0) <= 1, "between 0 and 1")
         self._want("warm_start_accuracy", 0 <= self.warm_start_accuracy < 1, "at least 0 and below 1")
         self._want_divisor("group_size", "rollout_batch_size")
         self._want_divisor("train_batch_size", "rollout_batch_size")
         if self.micro_batch_size:
             self._want_divisor("micro_batch_size", "train_batch_size")
-        if self.baseline == "group":
-            self._want("group_size", self.group_size > 1, "more than 1 with baseline = 'group'")
+        if self.algorithm.baseline in ("mean", "leave-one-out", "length-weighted"):
+            self._want("group_size", self.group_size > 1, f"more than 1 with baseline = {self.algorithm.baseline!r}")
         if bool(self.prompts) != bool(self.reward):
             missing = "reward" if self.prompts else "prompts"
             raise ConfigError(f"{missing}: is empty, wanted with --{'prompts' if self.prompts else 'reward'}")
+
+    @property
+    def algorithm(self) -> rpp.Recipe:
+        """The recipe, with the changes of this configuration."""
+        changes = {name: getattr(self, name) for name in OVERRIDES if getattr(self, name) is not None}
+        if self.reward_clip is not None:
+            changes["reward_clip"] = (-self.reward_clip, self.reward_clip)
+        try:
+            return rpp.recipe(self.recipe, *self.extras, dialect=self.dialect, **changes)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def _want(self, name: str, good: bool, wanted: str) -> None:
         if not good:
@@ -174,6 +213,22 @@ class Config:
     def _want_divisor(self, name: str, whole: str) -> None:
         size = getattr(self, whole)
         self._want(name, size % getattr(self, name) == 0, f"a divisor of {whole} = {size}")
+
+
+def _wanted(hint: Any, value: Any) -> str | None:
+    """What a value of this type would have been, or None where it is one."""
+    if get_origin(hint) is Literal:
+        return None if value in get_args(hint) else f"one of {', '.join(map(repr, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        return (
+            None if isinstance(value, (tuple, list)) and all(isinstance(x, str) for x in value) else "a list of texts"
+        )
+    if type(None) in get_args(hint):
+        return None if value is None else _wanted(get_args(hint)[0], value)
+    if hint in (int, float):
+        is_number = isinstance(value, int | hint) and not isinstance(value, bool)
+        return None if is_number else f"a number ({hint.__name__})"
+    return None if isinstance(value, hint) else f"a {hint.__name__}"
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -209,10 +264,10 @@ def config_from(values: dict[str, Any], source: str) -> Config:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "`rpp-train --help` lists them all"
             raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
-    return Config(**values)
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def to_toml(config: Config) -> str:
-    """What `read_toml` reads back as an equal config: json writes text and booleans, and repr floats, as TOML does."""
-    values = dataclasses.asdict(config)
+    """What `read_toml` reads back as an equal config: json writes all but floats, and repr those, as TOML does."""
+    values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     return "".join(f"{k} = {repr(v) if isinstance(v, float) else json.dumps(v)}\n" for k, v in values.items())

@@ -1,6 +1,6 @@
-"""REINFORCE++, as one flat loop: sample, score, shape, update.
+"""REINFORCE++ and its relatives, as one flat loop: sample, score, shape, update.
 
-What is left out: a critic (the method has none), a reward model (rewards are functions), an inference server
+What is left out: a critic (these methods have none), a reward model (rewards are functions), an inference server
 (completions come from `generate`), and more than one device. The loss layer comes from `rpp_kernels`.
 """
 
@@ -45,6 +45,7 @@ def train(config: Config) -> RunFolder:
     reference = frozen_copy(policy.model)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
     records = prompt_stream(task.train, seed=config.seed)
+    running_mean = rpp.RunningMean.zero(policy.model.device)
     before = evaluation = evaluate(policy, task, task.held_out, config)
     history = [{"step": 0, "held_out_accuracy": before.accuracy}]
     folder.log(history[0])
@@ -63,8 +64,9 @@ def train(config: Config) -> RunFolder:
         # Log-probs of the policy that sampled, by the very op that the update uses, and of the reference.
         batch, entropy = with_old_logps(policy, reference, batch, config)
 
-        # A reward and a KL penalty per token, summed to returns, whitened over all tokens of the rollout.
-        batch = with_advantages(batch, config)
+        # What each token is worth: for REINFORCE++ a reward and a KL penalty per token, summed to returns and whitened
+        # over all tokens of the rollout; for the others as their recipe says.
+        batch, running_mean = with_advantages(batch, running_mean, config)
 
         # Several clipped steps on the one rollout.
         if config.learning_rate_schedule == "linear":
@@ -81,7 +83,7 @@ def train(config: Config) -> RunFolder:
             "reward": sum(raw_scores) / len(raw_scores),
             "accuracy": sum(score >= config.correct_at for score in raw_scores) / len(raw_scores),
             "kl": (batch.old_logps - batch.ref_logps).sum(1).mean().item(),
-            "length": batch.completion_mask.sum(1).float().mean().item(),
+            "length": sampled.batch.completion_mask.sum(1).float().mean().item(),
             "truncated": sampled.truncated.float().mean().item(),
             "entropy": entropy,
             **{name: sum(m[name] for m in update) / len(update) for name in update[0]},
@@ -115,39 +117,36 @@ def with_old_logps(policy: Policy, reference: torch.nn.Module, batch: Batch, con
     return dataclasses.replace(batch, old_logps=old_logps, ref_logps=torch.cat(ref)), entropy.item()
 
 
-def with_advantages(batch: Batch, config: Config) -> Batch:
-    scores = batch.scores
-    if config.baseline == "group":
-        scores = rpp.group_advantages(scores, group_size=config.group_size, baseline="mean")
-    clip = (-config.reward_clip, config.reward_clip)
-    scores = rpp.normalize_rewards(scores, zscore=config.reward_zscore, clip=clip, scale=config.reward_scale)
-    advantages = rpp.reinforce_pp_advantages(
-        scores,
-        batch.old_logps,
-        batch.ref_logps,
+def with_advantages(batch: Batch, running_mean: rpp.RunningMean, config: Config) -> tuple[Batch, rpp.RunningMean]:
+    worth = config.algorithm.advantages(
+        batch.scores,
         batch.completion_mask,
-        beta=config.beta,
-        gamma=config.gamma,
-        kl_estimator=config.kl_estimator,
+        old_logps=batch.old_logps,
+        ref_logps=batch.ref_logps,
+        running_mean=running_mean,
+        group_size=config.group_size,
+        max_completion_length=config.max_completion_length,
     )
-    return dataclasses.replace(batch, advantages=advantages)
+    batch = dataclasses.replace(batch, advantages=worth.advantages, completion_mask=worth.completion_mask)
+    return batch, running_mean.updated(worth.scores)
 
 
 def update_policy(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config) -> Metrics:
     """One optimizer step. Micro-batches divide by the count of the whole batch, so their gradients add up to its."""
-    by_token = config.reduction == "token-mean"
-    num_items = batch.completion_mask.sum() if by_token else len(batch)
+    recipe = config.algorithm
+    num_items = rpp.num_items_in_batch(batch.completion_mask, recipe.reduction).clamp(min=1)
     losses, stats = [], []
     for micro_batch in batch.split(config.micro_batch_size):
-        loss, micro_stats = rpp.policy_loss(
-            token_logps(policy.model, micro_batch, config).logps,
+        logps, entropy, _ = token_logps(policy.model, micro_batch, config)
+        loss, micro_stats = recipe.loss(
+            logps,
             micro_batch.old_logps,
             micro_batch.advantages,
             micro_batch.completion_mask,
-            epsilon_low=config.epsilon_low,
-            epsilon_high=config.epsilon_high,
-            reduction=config.reduction,
+            ref_logps=micro_batch.ref_logps,
+            entropy=entropy,
             num_items_in_batch=num_items,
+            max_completion_length=config.max_completion_length,
         )
         loss.backward()
         losses.append(loss.detach())

@@ -1,0 +1,53 @@
+"""Named algorithms: each is a row of one table over independent axes, and no code path of its own.
+
+    recipe = rpp.recipe("grpo", beta=0.01)                  # a row, and what you want otherwise
+    recipe = rpp.recipe("dapo", "icepop", dialect="verl")   # with an extra, as verl computes it
+
+    worth = recipe.advantages(scores, completion_mask, group_size=8)
+    loss, stats = recipe.loss(logps, old_logps, worth.advantages, worth.completion_mask)
+
+docs/algorithms.md shows all rows, generated from here.
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from rpp_kernels.recipes.algorithms import ALGORITHMS, EXTRAS
+from rpp_kernels.recipes.dialects import DIALECTS
+from rpp_kernels.recipes.recipe import Recipe, Worth
+
+__all__ = ["ALGORITHMS", "DIALECTS", "EXTRAS", "Recipe", "Worth", "recipe"]
+
+_FIELDS = [field.name for field in dataclasses.fields(Recipe)]
+
+
+def recipe(name: str, *extras: str, dialect: str = "rpp", **overrides: Any) -> Recipe:
+    """`Recipe(**ALGORITHMS[name])` changed by `dialect`, by each of `extras` and by `overrides`, in this order.
+
+    Args:
+        name: an algorithm, such as "reinforce_pp", "rloo", "grpo", "dapo", "copg": a key of `ALGORITHMS`.
+        extras: what is added to it, such as "dual_clip", "icepop", "entropy_bonus": keys of `EXTRAS`.
+        dialect: "rpp" is the papers' definition; "openrlhf", "verl", "trl" and "nemo" are what these compute under the
+            same name, with their constants.
+        overrides: fields of `Recipe`.
+
+    Raises:
+        ValueError: a name that does not exist, or that the dialect does not have; an override that is no field.
+    """
+    row = dict(_named("name", name, ALGORITHMS))
+    if dialect != "rpp":
+        row |= _named(f"name, in the dialect {dialect!r}", name, _named("dialect", dialect, DIALECTS))
+    for extra in extras:
+        row |= _named("extras", extra, EXTRAS)
+    for field in overrides:
+        _named("overrides", field, _FIELDS)
+    return Recipe(**(row | overrides | {"name": name, "dialect": dialect}))
+
+
+def _named(what: str, name: str, names: Any) -> Any:
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what}: want one of {', '.join(map(repr, sorted(names)))}, got {name!r}{hint}")
+    return names[name] if isinstance(names, dict) else name

@@ -1,0 +1,561 @@
+"""An algorithm as a point on independent axes, and how it turns a rollout into advantages and a loss."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rpp_kernels.distributed import gathered
+from rpp_kernels.ops.advantages import gae, returns, whiten
+from rpp_kernels.ops.checks import check_choice, check_floats, check_shape, describe, fail, sequence_starts
+from rpp_kernels.ops.groups import best_of_group, group_advantages, informative_groups
+from rpp_kernels.ops.kl import kl_penalty
+from rpp_kernels.ops.policy_loss import policy_loss
+from rpp_kernels.ops.preference import copg_loss, dpo_loss
+from rpp_kernels.ops.rewards import normalize_rewards, overlong_penalty, token_rewards
+from rpp_kernels.ops.rollout import rollout_weights
+from rpp_kernels.ops.running_mean import RunningMean
+from rpp_kernels.ops.selection import clip_cov_weights, kl_cov_mask, top_entropy_mask
+from rpp_kernels.reference import CoPGLoss, PolicyLoss, PreferenceLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Overrides = dict[str, Any]
+
+
+class Worth(NamedTuple):
+    """What `Recipe.advantages` makes of a rollout: constants for its loss.
+
+    `advantages`: one for each token, or (B, 1). `completion_mask`: the tokens that are trained on, which are not those
+    of sequences that the recipe leaves out. `scores`: (B,) after penalties, clip and KL, before the baseline: what a
+    `RunningMean` is of. `returns`: the critic's targets, where there is a critic.
+    """
+
+    advantages: Tensor
+    completion_mask: Tensor
+    scores: Tensor
+    returns: Tensor | None
+
+
+_OF_GROUPS = ("mean", "leave-one-out", "length-weighted")
+# What the axes know that no function below checks.
+_CHOICES = {
+    "sequences": ("all", "informative", "best"),
+    "baseline": ("none", *_OF_GROUPS, "greedy", "running-mean", "critic", "unit"),
+    "group_scale": ("none", "informative", "nonzero-scores"),
+    "time": ("sequence", "returns", "gae"),
+    "whiten": ("none", "tokens", "sequences"),
+    "kl_place": ("none", "score", "reward", "token", "loss"),
+    "loss_function": ("policy", "dpo", "copg"),
+    "token_selection": ("none", "top-entropy", "clip-cov", "kl-cov"),
+    "rollout_level": ("none", "token", "sequence", "geometric"),
+    "rollout_mask": ("none", "token", "sequence", "geometric"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An algorithm as a point on independent axes. Every field may be overridden: `recipe("rloo", beta=0.1)`."""
+
+    name: str = ""
+    paper: str = ""
+    equation: str = ""
+    dialect: str = ""
+
+    # ---- rewards
+    reward_zscore: bool = False
+    """Scores are whitened over the batch first."""
+    reward_clip: tuple[float, float] | None = None
+    """Scores are clipped to this."""
+    reward_clip_after_baseline: bool = False
+    reward_scale: float = 1.0
+    overlong_buffer: float = 0.0
+    """Share of max_completion_length at whose end a completion is penalised for its length (`overlong_penalty`)."""
+
+    # ---- advantage
+    sequences: str = "all"
+    """Which sequences are trained on: "all", "informative" (of groups whose scores differ), "best" (of its group)."""
+    baseline: str = "none"
+    """What is taken off a score: "none", "mean", "leave-one-out" or "length-weighted" of its group, the score of the
+    "greedy" completion, the "running-mean" of training, the "critic"'s values; or "unit": every advantage is 1."""
+    std: str = "none"
+    """What it is divided by: "none", or that of the "group", of the "batch", "leave-one-out"."""
+    std_unbiased: bool = True
+    std_eps: float = 1e-6
+    singleton: str = "zero"
+    """Advantage of a group of one: "zero", or "keep" its score."""
+    group_scale: str = "none"
+    """Advantages times B / n, n the sequences of "informative" groups, or those with "nonzero-scores"; or "none"."""
+    time: str = "sequence"
+    """How tokens get theirs: all that of their "sequence"; the "returns" of token rewards; "gae"."""
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    gap: str = "carry"
+    """What a hole in the mask does to a return (`returns`)."""
+    whiten: str = "none"
+    """Normalisation over all valid "tokens" of the batch, or over its "sequences"."""
+    whiten_unbiased: bool = False
+    whiten_eps: float = 1e-8
+    whiten_eps_mode: str = "floor"
+
+    # ---- KL to the reference policy
+    kl_place: str = "none"
+    """Where it is paid. "score": its sum over the sequence, off the score and so part of the baseline; "reward": each
+    token's, part of the return; "token": each token's, off its own advantage alone; "loss"; or "none"."""
+    kl_estimator: str = "k1"
+    kl_gradient: str | None = None
+    kl_clamp: float | None = None
+    kl_bias_correction: bool = False
+    beta: float = 0.0
+
+    # ---- loss
+    loss_function: str = "policy"
+    """`policy_loss` for "policy"; and for preferences `dpo_loss` for "dpo", `copg_loss` for "copg"."""
+    surrogate: str = "clip"
+    epsilon_low: float | None = None
+    epsilon_high: float | None = None
+    dual_clip: float | None = None
+    tau_positive: float | None = None
+    tau_negative: float | None = None
+    importance_sampling_level: str = "token"
+    log_ratio_clamp: float = 20.0
+    reduction: str = "token-mean"
+    divide_by_items: bool = True
+    """Whether the sum that `reduction` names is divided by the number of its items where the caller names none."""
+    preference: str = "sigmoid"
+    """loss_type of `dpo_loss`."""
+    length_normalized: bool = False
+    """Log-ratios of a preference are means over tokens, not sums."""
+
+    # ---- extras
+    entropy_coef: float = 0.0
+    token_selection: str = "none"
+    """Tokens chosen by "top-entropy", whose surrogate alone counts; by "clip-cov", whose surrogate does not count; by
+    "kl-cov", which alone pay KL, to the old policy; or "none"."""
+    token_fraction: float = 1.0
+    """The share of tokens chosen."""
+    rollout_level: str = "none"
+    """Importance weights against the rollout engine (`rollout_weights`): of the "token", the "sequence", its
+    "geometric" mean; or "none"."""
+    rollout_low: float = 0.0
+    rollout_high: float = 2.0
+    """Weights are truncated to [rollout_low, rollout_high]."""
+    rollout_mask: str = "none"
+    """Level of the weight whose tokens do not count outside of [rollout_mask_low, rollout_mask_high]."""
+    rollout_mask_low: float = 0.5
+    rollout_mask_high: float = 5.0
+
+    def __post_init__(self) -> None:
+        for field, choices in _CHOICES.items():
+            check_choice(field, getattr(self, field), choices)
+        for reason, wrong in {
+            'kl_place: "reward" needs returns or gae': self.kl_place == "reward" and self.time == "sequence",
+            'kl_place: "token" needs time "sequence"': self.kl_place == "token" and self.time != "sequence",
+            'baseline: "critic" and time "gae" go together': (self.baseline == "critic") != (self.time == "gae"),
+            "std: needs the baseline of a group": self.std != "none" and self.baseline not in _OF_GROUPS,
+            'whiten: "sequences" needs time "sequence"': self.whiten == "sequences" and self.time != "sequence",
+        }.items():
+            if wrong:
+                raise ValueError(f"{reason}, in the recipe {self.name!r}")
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The keyword arguments of `policy_loss` and `linear_policy_loss` that this recipe stands for."""
+        self._want_loss("policy")
+        in_loss = self.kl_place == "loss"
+        options: dict[str, Any] = {
+            "surrogate": self.surrogate,
+            "importance_sampling_level": self.importance_sampling_level,
+            "log_ratio_clamp": self.log_ratio_clamp,
+            "reduction": self.reduction,
+        }
+        for name in ("epsilon_low", "epsilon_high", "dual_clip", "tau_positive", "tau_negative"):
+            if getattr(self, name) is not None:
+                options[name] = getattr(self, name)
+        if in_loss and self.beta:
+            for name in ("beta", "kl_estimator", "kl_gradient", "kl_clamp", "kl_bias_correction"):
+                options[name] = getattr(self, name)
+        if self.entropy_coef:
+            options["entropy_coef"] = self.entropy_coef
+        return options
+
+    # ------------------------------------------------------------ from scores to advantages
+
+    def advantages(
+        self,
+        scores: Tensor,  # (B,)
+        completion_mask: Tensor,  # (B, S) or (T,) bool
+        *,
+        old_logps: Tensor | None = None,  # (B, S) or (T,)
+        ref_logps: Tensor | None = None,  # same
+        values: Tensor | None = None,  # same
+        greedy_scores: Tensor | None = None,  # (B,)
+        running_mean: RunningMean | None = None,
+        group_size: int | None = None,
+        group_ids: Tensor | None = None,  # (B,) int64
+        max_completion_length: int | None = None,
+        cu_seqlens: Tensor | None = None,  # (B+1,)
+        process_group: "ProcessGroup | None" = None,
+    ) -> Worth:
+        """What each token of a rollout is worth, by the public functions in this order:
+
+        1. `overlong_penalty`, and z-score, clip and scale of the scores (`normalize_rewards`);
+        2. for kl_place "score": beta times the KL of the sequence is taken off;
+        3. the baseline, and the division by a standard deviation (`group_advantages`);
+        4. `token_rewards` with the tokens' KL, then `returns` or `gae`;
+        5. `whiten`.
+
+        Args:
+            scores: one for each sequence.
+            completion_mask: bool: which tokens there are.
+            old_logps, ref_logps: for a KL that is not in the loss.
+            values: the critic's.
+            greedy_scores: of the greedy completion of each sequence's prompt.
+            running_mean: of all scores before this batch.
+            group_size, group_ids: which sequences are samples of one prompt, as in `group_advantages`.
+            max_completion_length: for the length penalty.
+            cu_seqlens: int32 or int64, where sequences start among packed tokens; without it tokens are padded (B, S).
+            process_group: statistics are those of the batches of all its ranks.
+
+        All are constants. Tensors that the recipe has no use for are left alone, so one call serves all recipes.
+
+        Raises:
+            ValueError: something that the recipe needs is missing, or an argument is not as above.
+        """
+        self._want_loss("policy")
+        if not isinstance(completion_mask, Tensor) or completion_mask.dtype != torch.bool:
+            fail("completion_mask", "a bool tensor", describe(completion_mask))
+        starts = sequence_starts(completion_mask, "completion_mask", cu_seqlens)
+        check_floats("scores", scores, (1,), like=completion_mask)
+        check_shape("scores", scores, (starts.shape[0] - 1,), "of one for each sequence")
+        rollout = _Rollout(
+            scores=scores.detach(),
+            mask=completion_mask,
+            starts=starts,
+            old_logps=old_logps,
+            ref_logps=ref_logps,
+            values=values,
+            greedy_scores=greedy_scores,
+            running_mean=running_mean,
+            groups={"group_size": group_size, "group_ids": group_ids, "process_group": process_group},
+            max_completion_length=max_completion_length,
+            cu_seqlens=cu_seqlens,
+            process_group=process_group,
+            lengths=_sequence_sums(completion_mask.long(), starts),
+            worth=scores,
+        )
+        for step in (_kept, _scored, _compared, _over_time, _whitened):
+            rollout = step(self, rollout)
+        return Worth(rollout.worth, rollout.mask, rollout.scores, rollout.targets)
+
+    # ------------------------------------------------------------ from advantages to the loss
+
+    def loss(
+        self,
+        logps: Tensor,  # (B, S) or (T,)
+        old_logps: Tensor | None,  # same
+        advantages: Tensor,  # as `advantages` gives them
+        completion_mask: Tensor | None = None,  # same, bool
+        *,
+        ref_logps: Tensor | None = None,  # same
+        entropy: Tensor | None = None,  # same
+        sampling_logps: Tensor | None = None,  # same
+        num_items_in_batch: float | Tensor | None = None,
+        max_completion_length: int | None = None,
+        cu_seqlens: Tensor | None = None,  # (B+1,)
+        generator: torch.Generator | None = None,
+        process_group: "ProcessGroup | None" = None,
+    ) -> PolicyLoss:
+        """`policy_loss(logps, old_logps, advantages, completion_mask, **recipe.loss_options)`, with the extras.
+
+        Args:
+            ref_logps: for a KL in the loss.
+            entropy: for an entropy bonus, which is differentiated, and for "top-entropy".
+            sampling_logps: of the engine that generated the rollout, for its correction.
+            max_completion_length: for the reduction "seq-mean-token-sum-norm".
+            generator: for the random choice of "clip-cov".
+            process_group: for "top-entropy", whose quantile is that of all its ranks.
+            the others: as in `policy_loss`. Tensors that the recipe has no use for are left alone.
+
+        Raises:
+            ValueError: something that the recipe needs is missing, or an argument is not as above.
+        """
+        options = self.loss_options
+        if "beta" in options:
+            options["ref_logps"] = self._need("ref_logps", ref_logps)
+        if "entropy_coef" in options:
+            options["entropy"] = self._need("entropy", entropy)
+        if self.reduction == "seq-mean-token-sum-norm":
+            options["max_completion_length"] = max_completion_length
+        weights = []
+        if self.rollout_level != "none" or self.rollout_mask != "none":
+            old, sampled = self._need("old_logps", old_logps), self._need("sampling_logps", sampling_logps)
+            weights += self._rollout_weights(old, sampled, completion_mask, cu_seqlens)
+        if self.token_selection == "top-entropy":
+            uncertain = self._need("entropy", entropy).detach()
+            chosen = top_entropy_mask(
+                uncertain, completion_mask, fraction=self.token_fraction, process_group=process_group
+            )
+            weights.append(chosen.to(logps.dtype))
+        elif self.token_selection != "none":
+            old, constant = self._need("old_logps", old_logps), logps.detach()
+            starts = sequence_starts(logps, "logps", cu_seqlens)
+            each = advantages if advantages.shape == logps.shape else _each_token(advantages.view(-1), starts, logps)
+            if self.token_selection == "kl-cov":
+                chosen = kl_cov_mask(constant, each, completion_mask, fraction=self.token_fraction)
+                options["ref_logps"] = torch.where(chosen, old.to(logps.dtype), constant)
+            else:
+                spared = clip_cov_weights(
+                    constant,
+                    old,
+                    each,
+                    completion_mask,
+                    fraction=self.token_fraction,
+                    epsilon_low=self.epsilon_low or 0.2,
+                    epsilon_high=self.epsilon_high or 0.2,
+                    generator=generator,
+                )
+                weights.append(spared)
+        if weights:
+            options["weights"] = math.prod(weights[1:], start=weights[0])
+        if num_items_in_batch is None and not self.divide_by_items:
+            num_items_in_batch = 1
+        return policy_loss(
+            logps,
+            old_logps,
+            advantages,
+            completion_mask,
+            num_items_in_batch=num_items_in_batch,
+            cu_seqlens=cu_seqlens,
+            **options,
+        )
+
+    def preference_loss(
+        self,
+        logps: Tensor,  # (B, S) or (T,)
+        ref_logps: Tensor | None,  # same
+        completion_mask: Tensor | None = None,  # same, bool
+        *,
+        scores: Tensor | None = None,  # (B,)
+        group_size: int = 2,
+        num_items_in_batch: float | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,  # (B+1,)
+    ) -> PreferenceLoss | CoPGLoss:
+        """`dpo_loss` or `copg_loss` with the constants of the recipe.
+
+        Args:
+            scores, group_size: for `copg_loss`; pairs of `dpo_loss` are the chosen and the rejected sequence.
+            num_items_in_batch: what the mean is over: pairs for `dpo_loss`, sequences for `copg_loss`.
+            the others: as in those two.
+        """
+        if self.loss_function == "copg":
+            return copg_loss(
+                logps,
+                self._need("ref_logps", ref_logps),
+                self._need("scores", scores),
+                completion_mask,
+                beta=self.beta,
+                group_size=group_size,
+                num_items_in_batch=num_items_in_batch,
+                cu_seqlens=cu_seqlens,
+            )
+        self._want_loss("dpo")
+        return dpo_loss(
+            logps,
+            ref_logps,
+            completion_mask,
+            beta=self.beta,
+            loss_type=self.preference,
+            length_normalized=self.length_normalized,
+            num_pairs=num_items_in_batch,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def _rollout_weights(
+        self, old_logps: Tensor, sampling_logps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> list[Tensor]:
+        arguments = old_logps.detach(), sampling_logps.detach(), mask
+        found = []
+        if self.rollout_level != "none":
+            truncated = rollout_weights(
+                *arguments,
+                level=self.rollout_level,
+                low=self.rollout_low,
+                high=self.rollout_high,
+                cu_seqlens=cu_seqlens,
+            )
+            found.append(truncated.weights)
+        if self.rollout_mask != "none":
+            inside = rollout_weights(
+                *arguments,
+                level=self.rollout_mask,
+                outside="mask",
+                low=self.rollout_mask_low,
+                high=self.rollout_mask_high,
+                cu_seqlens=cu_seqlens,
+            )
+            found.append((inside.weights > 0).to(inside.weights.dtype))
+        return found
+
+    def _need(self, name: str, x: Any) -> Any:
+        if x is None:
+            fail(name, f"a value: {self.name!r} is made of it", None)
+        return x
+
+    def _want_loss(self, function: str) -> None:
+        if self.loss_function != function:
+            method = "advantages and loss" if self.loss_function == "policy" else "preference_loss"
+            raise ValueError(f"the recipe {self.name!r} is one of {self.loss_function} losses: use its {method}")
+
+
+# ---------------------------------------------------------------- the steps from scores to advantages
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """The arguments of `Recipe.advantages`, and what its steps have made of them."""
+
+    scores: Tensor
+    mask: Tensor
+    starts: Tensor
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    values: Tensor | None
+    greedy_scores: Tensor | None
+    running_mean: RunningMean | None
+    groups: dict[str, Any]
+    max_completion_length: int | None
+    cu_seqlens: Tensor | None
+    process_group: "ProcessGroup | None"
+    lengths: Tensor  # of the completions, all of them
+    worth: Tensor
+    kl: Tensor | None = None
+    targets: Tensor | None = None
+
+    def but(self, **changes: Any) -> "_Rollout":
+        return dataclasses.replace(self, **changes)
+
+
+def _kept(recipe: Recipe, r: _Rollout) -> _Rollout:
+    """The tokens that are trained on."""
+    if recipe.sequences == "all":
+        return r
+    if recipe.sequences == "informative":
+        kept = informative_groups(r.scores, **r.groups)
+    else:
+        kept = best_of_group(r.scores, **r.groups) > 0
+    return r.but(mask=r.mask & _each_token(kept, r.starts, r.mask))
+
+
+def _scored(recipe: Recipe, r: _Rollout) -> _Rollout:
+    """Penalties, z-score, clip, scale, and the KL that is no part of the loss."""
+    scores, kl = r.scores, None
+    if recipe.overlong_buffer:
+        longest = recipe._need("max_completion_length", r.max_completion_length)
+        buffer = round(recipe.overlong_buffer * longest)
+        scores = scores + overlong_penalty(r.lengths, max_completion_length=longest, buffer_length=buffer)
+    clip = None if recipe.reward_clip_after_baseline else recipe.reward_clip
+    if recipe.reward_zscore or clip is not None or recipe.reward_scale != 1:
+        scores = normalize_rewards(
+            scores, zscore=recipe.reward_zscore, clip=clip, scale=recipe.reward_scale, process_group=r.process_group
+        )
+    if recipe.beta and recipe.kl_place in ("score", "reward", "token"):
+        old, ref = recipe._need("old_logps", r.old_logps), recipe._need("ref_logps", r.ref_logps)
+        kl = kl_penalty(old.detach(), ref.detach(), r.mask, estimator=recipe.kl_estimator, kl_clamp=recipe.kl_clamp)
+        if recipe.kl_place == "score":
+            scores = scores - recipe.beta * _sequence_sums(kl, r.starts)
+    return r.but(scores=scores, kl=kl)
+
+
+def _compared(recipe: Recipe, r: _Rollout) -> _Rollout:
+    """Less the baseline, over the standard deviation."""
+    worth = r.scores
+    if recipe.baseline in _OF_GROUPS:
+        worth = group_advantages(
+            worth,
+            baseline=recipe.baseline,
+            lengths=r.lengths if recipe.baseline == "length-weighted" else None,
+            std=recipe.std,
+            unbiased=recipe.std_unbiased,
+            eps=recipe.std_eps,
+            singleton=recipe.singleton,
+            **r.groups,
+        )
+    elif recipe.baseline == "greedy":
+        worth = worth - recipe._need("greedy_scores", r.greedy_scores).detach()
+    elif recipe.baseline == "running-mean":
+        worth = worth - recipe._need("running_mean", r.running_mean).mean.to(worth.dtype)
+    elif recipe.baseline == "unit":
+        worth = torch.ones_like(worth)
+    if recipe.reward_clip is not None and recipe.reward_clip_after_baseline:
+        worth = worth.clamp(*recipe.reward_clip)
+    if recipe.group_scale != "none":
+        counted = informative_groups(r.scores, **r.groups) if recipe.group_scale == "informative" else r.scores != 0
+        worth = worth * _inverse_share(counted, r.process_group)
+    return r.but(worth=worth)
+
+
+def _over_time(recipe: Recipe, r: _Rollout) -> _Rollout:
+    """From one number for each sequence to one for each token."""
+    if recipe.time == "sequence":
+        if r.kl is not None and recipe.kl_place == "token":
+            return r.but(worth=_each_token(r.worth, r.starts, r.mask) - recipe.beta * r.kl)
+        return r.but(worth=r.worth[:, None])
+    kl = torch.zeros_like(r.mask, dtype=r.worth.dtype) if r.kl is None else r.kl
+    rewards = token_rewards(r.worth, kl, r.mask, beta=recipe.beta, cu_seqlens=r.cu_seqlens)
+    if recipe.time == "returns":
+        worth = returns(rewards, r.mask, gamma=recipe.gamma, gap=recipe.gap, cu_seqlens=r.cu_seqlens)
+        return r.but(worth=worth)
+    values = recipe._need("values", r.values).detach()
+    worth, targets = gae(
+        rewards,
+        values,
+        r.mask,
+        gamma=recipe.gamma,
+        gae_lambda=recipe.gae_lambda,
+        gap=recipe.gap,
+        cu_seqlens=r.cu_seqlens,
+    )
+    return r.but(worth=worth, targets=targets)
+
+
+def _whitened(recipe: Recipe, r: _Rollout) -> _Rollout:
+    if recipe.whiten == "none":
+        return r
+    worth, mask = r.worth, None
+    if recipe.whiten == "tokens":
+        mask = r.mask
+        if worth.shape != mask.shape:
+            worth = _each_token(worth[:, 0], r.starts, mask)
+    whitened = whiten(
+        worth,
+        mask,
+        unbiased=recipe.whiten_unbiased,
+        eps=recipe.whiten_eps,
+        eps_mode=recipe.whiten_eps_mode,
+        process_group=r.process_group,
+    )
+    return r.but(worth=whitened)
+
+
+def _sequence_sums(x: Tensor, starts: Tensor) -> Tensor:
+    """(B,): the sum over each sequence of what is 0 where masked."""
+    total = torch.nn.functional.pad(x.reshape(-1).cumsum(0, dtype=torch.float64), (1, 0))
+    return total[starts].diff().to(x.dtype)
+
+
+def _each_token(x: Tensor, starts: Tensor, like: Tensor) -> Tensor:
+    """One for each sequence as one for each token, in the shape of `like`."""
+    return x.repeat_interleave(starts.diff(), output_size=like.numel()).view(like.shape)
+
+
+def _inverse_share(counted: Tensor, process_group: "ProcessGroup | None") -> Tensor:
+    """How many sequences there are for each that is counted."""
+    sums = torch.stack([torch.ones_like(counted).sum(), counted.sum()])
+    if process_group is not None:
+        sums = gathered(sums, process_group).sum(0)
+    return sums[0] / sums[1].clamp(min=1)
