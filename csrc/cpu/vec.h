@@ -156,6 +156,14 @@ RPP_HD vf64 load_wide(const float* p) {
 #endif
 }
 
+// Two and two lanes of v added up in double, for sums whose terms cancel.
+RPP_HD vf64 wide(vf64 v) { return v; }
+RPP_HD vf64 wide(vf32 v) {
+  float lane[sizeof(vf32) / sizeof(float)];
+  store(lane, v);
+  return load_wide(lane) + load_wide(lane + sizeof(vf64) / sizeof(double));
+}
+
 // The mask of the next lanes; without a mask every token counts.
 template <class V>
 RPP_HD Mask<V> load_mask(const bool* p, int64_t n) {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # some builds of torch have no torch.distributed
 class RunningMean(NamedTuple):
     """The moving-average baseline of REINFORCE: the mean of every score so far, no exponential average.
 
-    b = 1/S sum_s R(x_s, y_s) over the S samples of the training until now (Back to Basics 2402.14740, 3.1). What is
+    b = 1/S sum_s R(x_s, y_s) over all S samples until now (Back to Basics 2402.14740). What is
     subtracted from a batch is the mean of the batches before it: that is independent of the batch's own samples, so
     that the gradient stays unbiased, and 0 for the first.
 

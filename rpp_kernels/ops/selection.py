@@ -33,7 +33,7 @@ def top_entropy_mask(
 ) -> Tensor:
     """`entropy >= torch.quantile(entropy[completion_mask], 1 - fraction)`: the tokens at which the policy hesitates.
 
-    Training on the fifth of greatest entropy alone is as good or better (2506.01939 eq. 6; TRL's
+    Training on the fifth of greatest entropy alone is as good or better (2506.01939; TRL's
     `top_entropy_quantile`): `policy_loss(..., weights=top_entropy_mask(out.entropy, mask).float())`, in whose mean the
     others still count. As its `completion_mask` it would leave them out of the mean too.
 
@@ -75,7 +75,7 @@ def clip_cov_weights(
 ) -> Tensor:
     """`torch.where(chosen, 0.0, 1.0)`: a few random tokens of high covariance get no gradient, so that entropy stays.
 
-    Clip-Cov (2505.22617 eq. 11): tokens whose log-prob and advantage go together are those that cost the policy its
+    Clip-Cov (2505.22617): tokens whose log-prob and advantage go together are those that cost the policy its
     entropy. With means over the N valid tokens, a token may be chosen where
 
         low < (A - mean A) * (logps - mean logps) < high
@@ -135,7 +135,7 @@ def kl_cov_mask(
 ) -> Tensor:
     """`cov >= cov.topk(max(1, int(fraction * N))).values[-1]`: the tokens of greatest covariance, to be held by a KL.
 
-    KL-Cov (2505.22617 eq. 12-13): with cov = (A - mean A) * (logps - mean logps) over the N valid tokens, the greatest
+    KL-Cov (2505.22617): with cov = (A - mean A) * (logps - mean logps) over the N valid tokens, the greatest
     pay for leaving the policy that sampled, and nothing is clipped:
 
         mask = kl_cov_mask(logps, advantages, completion_mask)

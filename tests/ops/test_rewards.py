@@ -172,3 +172,36 @@ def test_token_rewards_refuses(changes, words, backend):
 def test_normalize_rewards_refuses(changes, words, backend):
     with pytest.raises(ValueError, match=words):
         rpp.normalize_rewards(**{"scores": torch.zeros(2), **changes})
+
+
+# ---------------------------------------------------------------- overlong_penalty
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_overlong_penalty_falls_over_the_buffer_and_no_further(dtype, backend, device):
+    lengths = torch.arange(0, 40, dtype=dtype, device=device)
+    penalty = rpp.overlong_penalty(lengths, max_completion_length=30, buffer_length=10, scale=0.5)
+    expected = [-0.5 * min(max((n - 20) / 10, 0), 1) for n in range(40)]
+    assert penalty.dtype == torch.float32
+    assert_golden(penalty, f32(expected, device=device))
+    assert not penalty[:21].signbit().any()  # no -0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lengths": torch.zeros(2)}, r"lengths: want an int32 or int64 tensor of shape \(B,\), got float32"),
+        ({"lengths": torch.zeros(2, 1).int()}, "lengths: want an int32 or int64"),
+        ({"lengths": [3, 4]}, "lengths: want an int32 or int64"),
+        ({"max_completion_length": 0}, "max_completion_length: want a positive integer"),
+        ({"max_completion_length": 10.0}, "max_completion_length: want a positive integer"),
+        ({"buffer_length": 0}, "buffer_length: want a positive integer"),
+        ({"buffer_length": 11}, "buffer_length: want at most max_completion_length, which is 10, got 11"),
+        ({"scale": -1.0}, "scale: want a finite number from 0"),
+        ({"scale": math.inf}, "scale: want a finite number from 0"),
+    ],
+)
+def test_overlong_penalty_refuses(changes, words, backend):
+    arguments = {"lengths": torch.zeros(2).int(), "max_completion_length": 10, "buffer_length": 4}
+    with pytest.raises(ValueError, match=words):
+        rpp.overlong_penalty(**{**arguments, **changes})

@@ -13,7 +13,8 @@ RPP_HD void rollout_tokens(const RolloutArgs<T>& a, int64_t begin, int64_t end, 
   using V = Vector<T>;
   const auto bounds = rollout_bounds<V>(a);
   const V one = num<V>(1), zero{};
-  LaneSums<T, kRolloutSums> sum;
+  LaneSums<T, 4> sum;
+  vf64 log_ratios{};  // they are of both signs
   sum.walk(begin, end, [&](int64_t i, int64_t n) {
     const auto mask = token_mask<T>(a.mask, i, n);
     const V d = mask ? load_tokens(a.old_logps, i, n) - load_tokens(a.sampling_logps, i, n) : zero;
@@ -24,9 +25,10 @@ RPP_HD void rollout_tokens(const RolloutArgs<T>& a, int64_t begin, int64_t end, 
     sum.lane[1] += mask & w.low ? one : zero;
     sum.lane[2] += mask & w.high ? one : zero;
     sum.lane[3] += weight;
-    sum.lane[4] -= d;
+    log_ratios += wide(d);
   });
-  std::copy_n(sum.total, kRolloutSums, sums);
+  std::copy_n(sum.total, 4, sums);
+  sums[4] = -horizontal_sum(log_ratios);
 }
 
 // One weight for all tokens of a sequence.
@@ -34,13 +36,15 @@ template <class T>
 RPP_HD void rollout_sequence(const RolloutArgs<T>& a, int64_t begin, int64_t end, double* sums) {
   using V = Vector<T>;
   const V zero{};
-  LaneSums<T, 2> sum;
+  LaneSums<T, 1> sum;
+  vf64 log_ratios{};
   sum.walk(begin, end, [&](int64_t i, int64_t n) {
     const auto mask = token_mask<T>(a.mask, i, n);
+    const V d = mask ? load_tokens(a.old_logps, i, n) - load_tokens(a.sampling_logps, i, n) : zero;
     sum.lane[0] += mask ? num<V>(1) : zero;
-    sum.lane[1] += mask ? load_tokens(a.old_logps, i, n) - load_tokens(a.sampling_logps, i, n) : zero;
+    log_ratios += wide(d);
   });
-  const auto [count, log_ratio] = sum.total;
+  const double count = sum.total[0], log_ratio = horizontal_sum(log_ratios);
   const double divisor = a.level == RolloutLevel::geometric ? std::max(count, 1.0) : 1.0;
   const auto w = rollout_weight(static_cast<T>(log_ratio / divisor), rollout_bounds<T>(a));
   const V weight = V{} + w.weight;
