@@ -55,7 +55,7 @@ struct Groups {
                     "group_size does not fit the batch");
     for (int64_t i = 0; ids && i < batch; ++i)
       STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < num_groups, "group_ids: ", ids[i], " is outside ", num_groups, " groups");
-    STD_TORCH_CHECK((options.baseline == Baseline::length_weighted) == (lengths != nullptr),
+    STD_TORCH_CHECK((options.baseline == Baseline::length_weighted) == lengths_tensor.has_value(),
                     "lengths are for the length-weighted baseline");
     for (int64_t i = 0; i < batch; ++i) {
       Group& g = of(i);

@@ -3,31 +3,24 @@
 Each world is started once and runs every case; what its ranks return is judged here, by the unsharded spec.
 """
 
-import time
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
+from worlds import HANG, attempt, dist, needs_gloo, of_each_rank, once
 
 import rpp_kernels as rpp
 from rpp_kernels import backends, reference
 from rpp_kernels.testing import ZERO, evaluate, largest_of, within
 
-dist = torch.distributed
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo to start a world with"
-)
+pytestmark = needs_gloo
 
 V, H, R, B, S = 23, 8, 3, 3, 9
 CUTS = {2: (0, 10, 23), 3: (0, 5, 22, 23)}
 SHARDED = ("weight", "bias", "lora_B")
 LEARNED = ("hidden_states", "weight", "bias", "lora_A", "lora_B")
-HANG, LIMIT = timedelta(seconds=10), 180  # a collective that nobody joins; a world, in seconds
 
 # ---------------------------------------------------------------- what is called
 
@@ -308,17 +301,7 @@ def _outside() -> dict[str, str]:
 # ---------------------------------------------------------------- worlds
 
 
-def _attempt(function) -> Any:
-    try:
-        return function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def _rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", rendezvous, timedelta(seconds=LIMIT), world_size=world, rank=rank)
+def _cases(world: int, rank: int, at: Any) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for backend in backends.NAMES:
         if backends.why_not(backend, "cpu"):
@@ -327,59 +310,25 @@ def _rank(rank: int, world: int, folder: str) -> None:
             if case.world not in (None, world) or (backend == "reference" and name in NO_REFERENCE):
                 continue
             start, stop = bounds(case, world, rank)
-            Path(folder, f"{rank}.now").write_text(f"{backend}-{name}")
+            at(f"{backend}-{name}")
             group = dist.new_group(timeout=HANG)  # a case that breaks its group breaks no other case
             sharded = {"process_group": group, "vocab_start": start}
             with backends.use_backend(backend):
                 t = shard(case.tensors(world), start, stop)
-                results[f"{backend}-{name}"] = _attempt(partial(case.run, rpp, t, **sharded, **case.plan))
+                results[f"{backend}-{name}"] = attempt(partial(case.run, rpp, t, **sharded, **case.plan))
             dist.destroy_process_group(group)
-    Path(folder, f"{rank}.now").write_text("the rest")
-    results["mistakes"] = _attempt(partial(_mistakes, dist.new_group(timeout=HANG), world, rank))
+    at("the rest")
+    results["mistakes"] = attempt(partial(_mistakes, dist.new_group(timeout=HANG), world, rank))
     if world == 2:
         for name, arguments in FSDP.items():
-            results[f"fsdp-{name}"] = _attempt(partial(_fully_sharded, *arguments))
-        results["outside"] = _attempt(_outside)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _start(world: int, folder: Path) -> list[dict[str, Any]]:
-    """What each rank returns."""
-    processes = torch.multiprocessing.spawn(_rank, (world, str(folder)), nprocs=world, join=False)
-    deadline = time.monotonic() + LIMIT
-    try:
-        while not processes.join(timeout=5):
-            assert time.monotonic() < deadline, f"it did not end within {LIMIT} s"
-    except Exception as error:  # gloo aborts a process whose peer sends what it does not expect
-        at = [path.read_text() for path in sorted(folder.glob("*.now"))]
-        raise AssertionError(f"a world of {world} broke down when its ranks were at {at}: {error}") from None
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+            results[f"fsdp-{name}"] = attempt(partial(_fully_sharded, *arguments))
+        results["outside"] = attempt(_outside)
+    return results
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    started: dict[int, list[dict[str, Any]]] = {}
-
-    def ranks(world: int) -> list[dict[str, Any]]:
-        if world not in started:
-            started[world] = []  # once, should it fail
-            started[world] = _start(world, tmp_path_factory.mktemp(f"world{world}"))
-        assert started[world], f"the world of {world} failed to start or to end, in the first test that asked for it"
-        return started[world]
-
-    return ranks
-
-
-def _of_each_rank(ranks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    results = [results[name] for results in ranks]
-    failed = [f"rank {rank}: {x}" for rank, x in enumerate(results) if isinstance(x, str)]
-    assert not failed, "\n".join(failed)
-    return results
+    return once(_cases, tmp_path_factory)
 
 
 # ---------------------------------------------------------------- tests
@@ -391,7 +340,7 @@ def test_a_vocabulary_in_shards_gives_what_the_whole_one_does(name, world, backe
     case = CASES[name]
     if case.world not in (None, world) or (backend == "reference" and name in NO_REFERENCE):
         pytest.skip("not in this world")
-    results = _of_each_rank(worlds(world), f"{backend}-{name}")
+    results = of_each_rank(worlds(world), f"{backend}-{name}")
     actual = {}
     for k in results[0]:
         parts = [x[k] for x in results]
@@ -435,7 +384,7 @@ REFUSED = {
 @pytest.mark.parametrize("world", CUTS)
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_rank_refuses(name, world, backend, device, worlds):
-    answers = [x.get(f"{backend}-{name}") for x in _of_each_rank(worlds(world), "mistakes")]
+    answers = [x.get(f"{backend}-{name}") for x in of_each_rank(worlds(world), "mistakes")]
     if answers[0] is None:
         pytest.skip("of kernels only")
     for answer in answers:
@@ -448,7 +397,7 @@ def test_fully_shard_gives_the_gradients_of_one_process(name, worlds):
     model, ids, t = _model(tied, function)
     loss = model(ids, t)
     loss.backward()
-    for results in _of_each_rank(worlds(2), f"fsdp-{name}"):
+    for results in of_each_rank(worlds(2), f"fsdp-{name}"):
         for step, scale in enumerate((1, 3)):
             torch.testing.assert_close(results[f"loss{step}"], loss.detach(), rtol=1e-12, atol=1e-12)
             for k, p in model.named_parameters():
@@ -458,7 +407,7 @@ def test_fully_shard_gives_the_gradients_of_one_process(name, worlds):
 
 
 def test_a_sharded_parameter_outside_the_forward_is_refused(worlds):
-    for answers in _of_each_rank(worlds(2), "outside"):
+    for answers in of_each_rank(worlds(2), "outside"):
         for answer in answers.values():
             assert answer.startswith("ValueError: weight")
             assert "DTensor" in answer
