@@ -174,6 +174,31 @@ def _eager_rollout_weights(old_logps: Tensor, sampling_logps: Tensor, completion
 
 # ---------------------------------------------------------------- the table
 
+# ---------------------------------------------------------------- pairs
+
+PAIRS, PAIR_LENGTH = 128, 1024
+PAIR_TOKENS = 2 * PAIRS * PAIR_LENGTH
+
+
+def _pair_data() -> Data:
+    batch = make_batch(2 * PAIRS, PAIR_LENGTH)
+    names = "logps", "ref_logps", "completion_mask"
+    return Data({name: batch[name] for name in names}, ("logps",), (torch.ones(()),))
+
+
+def _margin_and_accuracy(loss: rpp.PreferenceLoss) -> Outputs:
+    stats = loss.stats
+    return loss.loss, stats.margins / stats.num_pairs, stats.correct / stats.num_pairs
+
+
+def _eager_dpo_loss(logps: Tensor, ref_logps: Tensor, completion_mask: Tensor) -> Outputs:
+    """With the two statistics that every training loop logs beside it."""
+    h = (logps * completion_mask).sum(1) - (ref_logps * completion_mask).sum(1)
+    margins = 0.1 * (h[0::2] - h[1::2])
+    loss = -torch.nn.functional.logsigmoid(margins).mean()
+    return loss, margins.detach().mean(), (margins.detach() > 0).float().mean()
+
+
 CASES = [
     _logps_case(
         "logps_entropy_fp32",
@@ -288,6 +313,22 @@ CASES = [
             "torch.compile": compiled(_eager_rollout_weights),
         },
         floor=memory_floor("two log-probs and mask read, weights written, once", forward=(9 * TOKENS, 4 * TOKENS)),
+        name="dpo_loss",
+        op="dpo_loss with the mean margin and the share of pairs in the right order",
+        shape=f"{PAIRS} pairs x {PAIR_LENGTH} float32, sequences half to all of it long",
+        why="one batch of preference pairs, padded",
+        data=_pair_data,
+        spec=lambda **inputs: _margin_and_accuracy(reference.dpo_loss(**inputs)),
+        competitors={
+            OURS: plain(lambda **inputs: _margin_and_accuracy(rpp.dpo_loss(**inputs))),
+            "eager": plain(_eager_dpo_loss),
+            "torch.compile": compiled(_eager_dpo_loss),
+        },
+        floor=memory_floor(
+            "two log-probs and mask read; backward the gradient written",
+            forward=(9 * PAIR_TOKENS, 0),
+            backward=(0, 4 * PAIR_TOKENS),
+        ),
         tolerance=1e-4,
     ),
     *LINEAR_CASES,

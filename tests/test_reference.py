@@ -1409,3 +1409,87 @@ def test_overlong_penalty_golden():
     assert_golden(penalty, f32([0, 0, -0.25, -0.5, -1, -1]))
     penalty = reference.overlong_penalty(lengths, max_completion_length=10, buffer_length=10, scale=2.0)
     assert_golden(penalty, f32([0, -1.2, -1.4, -1.6, -2, -2]))
+# ---------------------------------------------------------------- golden values: preference losses
+
+
+# beta = 1/2, h_w = 2 ln 2 (a token under the mask aside), h_l = -2 ln 3: r_w = ln 2, r_l = -ln 3, z = ln 6, of which
+# the logistic function is 2/3, 1/4 and 6/7.
+CHOSEN = [1.5 * LN2, 99.0, 0.5 * LN2], [True, False, True]
+REJECTED = [-LN3, -LN3, 99.0], [True, True, False]
+
+
+def pair(loss_type, *, reference_at=-3.0, swapped=False, **options):
+    sequences = [REJECTED, CHOSEN] if swapped else [CHOSEN, REJECTED]
+    d, mask = (torch.tensor(x) for x in zip(*sequences, strict=True))
+    ref = torch.full_like(d, reference_at)
+    return reference.dpo_loss(ref + d, ref, mask, beta=0.5, loss_type=loss_type, **options)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options", "loss"),
+    [
+        ("sigmoid", {}, 0.154151),  # ln 7/6
+        ("sigmoid", {"swapped": True}, 1.945910),  # ln 7
+        ("sigmoid", {"label_smoothing": 0.1}, 0.333327),  # 0.9 ln 7/6 + 0.1 ln 7
+        ("sigmoid", {"margin": LN2}, 0.287682),  # ln 4/3
+        ("sigmoid", {"margin": LN2, "label_smoothing": 0.25}, 0.562335),  # 3/4 ln 4/3 + 1/4 ln 4
+        ("sigmoid", {"length_normalized": True}, 0.342347),  # z = ln 6 / 2: ln(1 + 1 / sqrt 6)
+        ("ipo", {}, 6.674570),  # (2 ln 6 - 1)^2
+        ("ipo", {"length_normalized": True}, 0.626882),  # (ln 6 - 1)^2
+        ("hinge", {}, 0.0),
+        ("hinge", {"swapped": True}, 2.791759),  # 1 + ln 6
+        ("robust", {"label_smoothing": 0.25}, -0.741729),  # (3/4 ln 7/6 - 1/4 ln 7) / (1/2)
+        ("exo_pair", {"label_smoothing": 0.25}, 0.034510),  # 6/7 ln 8/7 + 1/7 ln 4/7
+        ("nca_pair", {}, 1.098612),  # ln 3/2 + ln(3) / 2 + ln(4/3) / 2 = ln 3
+        ("sppo_hard", {}, 1.582570),  # (2 ln 2 - 1)^2 + (1 - 2 ln 3)^2
+        ("apo_zero", {}, 0.583333),  # 1/3 + 1/4
+        ("apo_down", {}, 0.809524),  # 2/3 + 1/7
+        ("discopop", {}, 0.166667),  # exp(-ln 6), as 6^-20 is nothing
+    ],
+)
+def test_dpo_loss_golden(loss_type, options, loss):
+    assert_golden(pair(loss_type, **options).loss, torch.tensor(loss))
+
+
+def test_discopop_blends_two_losses():
+    # z = ln(3) / 20: s(20 z) = 3/4, exp(-z) = 3^-0.05 = 0.946551, -log s(z) = ln 1.946551 = 0.666059.
+    logps = torch.tensor([[0.2 * LN3], [0.1 * LN3]])
+    loss = reference.dpo_loss(logps, None, beta=0.5, loss_type="discopop").loss
+    assert_golden(loss, torch.tensor(0.876428))  # 0.666059 / 4 + 0.946551 * 3 / 4
+
+
+def test_preference_stats_golden():
+    # The pair above; the same swapped; one of nothing, which is none; one without a rejected token.
+    nothing = [9.0] * 3, [False] * 3
+    sequences = CHOSEN, REJECTED, REJECTED, CHOSEN, nothing, nothing, ([-4.0] * 3, [False, True, False]), nothing
+    d, mask = (torch.tensor(x) for x in zip(*sequences, strict=True))
+    loss, stats = reference.dpo_loss(d, torch.zeros_like(d), mask, beta=0.5)
+    last = 2.126928  # r_w = -2, r_l = 0: ln(1 + e^2)
+    assert_golden(loss, torch.tensor((0.154151 + 1.945910 + last) / 3))
+    none = reference.dpo_loss(d, torch.zeros_like(d), mask, beta=0.5, reduction="none").loss
+    assert_golden(none, torch.tensor([0.154151, 1.945910, 0.0, last]))
+    by_three = reference.dpo_loss(d, torch.zeros_like(d), mask, beta=0.5, num_pairs=3).loss
+    assert_golden(by_three, loss)
+    expected = reference.PreferenceStats(3.0, LN2 - LN3 - 2, LN2 - LN3, -2.0, 1.0)
+    assert_golden(torch.stack(stats), torch.tensor(expected).double())
+
+
+def test_copg_loss_golden():
+    # h = 2, -1; R = 1, 0; beta = 1/2: l = D h - beta/2 h^2 = 3 - 9/4 = 3/4, over two sequences; D - beta h = -1/2.
+    logps = torch.tensor([[1.5, 99.0, 0.5], [-1.0, 99.0, 99.0]], requires_grad=True)
+    mask = torch.tensor([[True, False, True], [True, False, False]])
+    loss, stats = reference.copg_loss(logps, torch.zeros(2, 3), torch.tensor([1.0, 0.0]), mask, beta=0.5)
+    assert_golden(loss, torch.tensor(-0.375))
+    (dlogps,) = torch.autograd.grad(loss, logps)
+    assert_golden(dlogps, torch.tensor([[0.25, 0.0, 0.25], [-0.25, 0.0, 0.0]]))
+    assert_golden(torch.stack(stats), torch.tensor([2.0, 1.0, 1.0]).double())
+
+
+def test_copg_loss_of_three_golden():
+    # h = 1, 0, -1; R = 3, 0, 0; beta = 1. Above the mean of the others: R 3, -3/2, -3/2; h 3/2, 0, -3/2.
+    # (3 - 3/4) + 0 + (3/2 - 3/4) = 3, over three sequences.
+    logps = torch.tensor([[1.0], [0.0], [-1.0]])
+    call = partial(reference.copg_loss, logps, torch.zeros(3, 1), torch.tensor([3.0, 0.0, 0.0]), beta=1.0, group_size=3)
+    assert_golden(call().loss, torch.tensor(-1.0))
+    assert_golden(call(reduction="none").loss, torch.tensor([-3.0]))
+    assert_golden(call(num_items_in_batch=6).loss, torch.tensor(-0.5))

@@ -144,12 +144,14 @@ class _Groups:
         self.group_size, self.ends = group_size, among_rows[group_size::group_size].tolist()
         self.units = whole_sequences(among_rows[::group_size], chunks.tokens)
 
-    def cu_seqlens(self, unit: slice) -> Tensor:
-        """Of the valid tokens of a unit. A group without a row is in the unit before it, or in the first one."""
+    def at(self, unit: slice) -> tuple[Tensor, slice]:
+        """Where sequences start among the valid tokens of a unit, and which these sequences are. A group without a row
+        is in the unit before it, or in the first one."""
         first = bisect_right(self.ends, unit.start) if unit.start else 0
         last = bisect_right(self.ends, unit.stop)
-        starts = self.starts[first * self.group_size : last * self.group_size + 1]
-        return starts - starts[0]
+        sequences = slice(first * self.group_size, last * self.group_size)
+        starts = self.starts[sequences.start : sequences.stop + 1]
+        return starts - starts[0], sequences
 
 
 @torch.compiler.disable(reason="token_loss is called for each chunk")  # type: ignore[no-untyped-call,untyped-decorator]
@@ -188,7 +190,7 @@ def linear_loss(
 
     A loss of whole sequences, or of groups of them, takes `group_size`:
 
-        def pair_loss(logps, entropy, rows, cu_seqlens):
+        def pair_loss(logps, entropy, rows, cu_seqlens, sequences):
             return dpo_loss(logps, ref_logps[rows], cu_seqlens=cu_seqlens, num_pairs=num_pairs).loss
 
         linear_loss(hidden_states, weight, target_ids, pair_loss, completion_mask, group_size=2)
@@ -200,9 +202,10 @@ def linear_loss(
             The loss of a token must depend on no other token, which is not checked, and on no other tensor that
             requires grad, which is. It divides by what a mean is over: losses are summed.
         group_size: None, or how many consecutive sequences the loss may couple: 1 for the tokens of each sequence, 2
-            for pairs. `token_loss` then sees valid tokens of whole groups only, and as a fourth argument the
-            `cu_seqlens` of these tokens, packed; it returns (n,) or the 0-dim sum. Chunks hold whole groups. One that
-            is longer than a chunk has its logits made again, for one product more.
+            for pairs. `token_loss` is then called for whole groups, with their valid tokens only, and gets two
+            arguments more: `cu_seqlens` of these tokens, which are packed, and a slice that indexes what belongs to
+            sequences, `scores[sequences]`. It returns (n,) or the 0-dim sum. A group that is longer than a chunk has
+            its logits made again, for one product more.
         cu_seqlens: with `group_size`, int32 or int64, where sequences start among packed tokens; without it they are
             the rows of a padded batch.
         the others: as in `linear_logps`.
@@ -229,10 +232,10 @@ def linear_loss(
         fail("token_loss", "a function of (logps, entropy, rows)", describe(token_loss))
     shape, starts = target_ids.shape, _group_starts(target_ids, cu_seqlens, group_size)
 
-    def checked_loss(logps: Tensor, entropy: Tensor, rows: tuple[Tensor, ...], *cu: Tensor) -> Tensor:
-        loss = token_loss(logps, entropy, rows, *cu)
+    def checked_loss(logps: Tensor, entropy: Tensor, rows: tuple[Tensor, ...], *group: Any) -> Tensor:
+        loss = token_loss(logps, entropy, rows, *group)
         check_floats("token_loss(...)", loss, (0, 1), like=logps)
-        if not cu or loss.dim():
+        if not group or loss.dim():
             check_shape("token_loss(...)", loss, logps.shape, "of one loss for each token")
         for other in _captured(loss, (logps, entropy)):
             fail("token_loss", "logps and entropy as all that requires grad", f"{describe(other)} beside them")
@@ -254,7 +257,7 @@ def linear_loss(
         own = [x.clone().requires_grad_(any(needs)) for x in (statistics.logps, statistics.entropy)]
         index = (rows,) if len(shape) == 1 else (rows // shape[1], rows % shape[1])
         with torch.set_grad_enabled(grad_mode):
-            loss = checked_loss(own[0], own[1], index, *(() if groups is None else (groups.cu_seqlens(unit),)))
+            loss = checked_loss(own[0], own[1], index, *(() if groups is None else groups.at(unit)))
             if valid is not None and groups is None:
                 loss = torch.where(valid, loss, 0.0)
         total.add_(loss.detach().sum(dtype=torch.float64))

@@ -41,8 +41,8 @@ def linear_loss(
 ) -> LinearLoss:
     """`token_loss(logps[rows], entropy[rows], rows).sum()`, `rows` the indices of the valid tokens.
 
-    With `group_size` it is `token_loss(logps[rows], entropy[rows], rows, cu_seqlens of the valid tokens).sum()`, a loss
-    that may couple the tokens of `group_size` consecutive sequences.
+    With `group_size` the loss may couple the tokens of that many consecutive sequences. It gets two arguments more: the
+    `cu_seqlens` of the valid tokens, packed, and which sequences of the batch these are, a slice.
     """
     logps, entropy, _ = linear_logps(
         hidden_states,
@@ -61,7 +61,10 @@ def linear_loss(
     )
     valid = torch.ones_like(target_ids, dtype=torch.bool) if completion_mask is None else completion_mask
     rows = valid.nonzero(as_tuple=True)
-    groups = () if group_size is None else (valid_starts(valid, cu_seqlens),)
+    groups: tuple[Tensor, slice] | tuple[()] = ()
+    if group_size is not None:
+        starts = valid_starts(valid, cu_seqlens)
+        groups = starts, slice(0, starts.shape[0] - 1)
     loss = token_loss(logps[rows], entropy[rows], rows, *groups).sum()
     return LinearLoss(loss, logps.detach(), entropy.detach())
 

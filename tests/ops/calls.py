@@ -160,7 +160,7 @@ def _copg(f, x, mask, cu_seqlens, group_size=2, **options):
 def _linear_pairs(f, x, mask, cu_seqlens):
     some, mask, cu_seqlens = _whole_groups(x, mask, cu_seqlens, 2)
 
-    def pair_loss(logps, entropy, rows, cu_seqlens):
+    def pair_loss(logps, entropy, rows, cu_seqlens, _):
         loss = f.dpo_loss(logps, some["ref_logps"][rows], cu_seqlens=cu_seqlens, num_pairs=3).loss
         return loss + 0.1 * (logps * entropy).sum()
 
