@@ -1409,6 +1409,8 @@ def test_overlong_penalty_golden():
     assert_golden(penalty, f32([0, 0, -0.25, -0.5, -1, -1]))
     penalty = reference.overlong_penalty(lengths, max_completion_length=10, buffer_length=10, scale=2.0)
     assert_golden(penalty, f32([0, -1.2, -1.4, -1.6, -2, -2]))
+
+
 # ---------------------------------------------------------------- golden values: preference losses
 
 
