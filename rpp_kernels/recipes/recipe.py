@@ -301,25 +301,25 @@ class Recipe:
                 uncertain, completion_mask, fraction=self.token_fraction, process_group=process_group
             )
             weights.append(chosen.to(logps.dtype))
-        elif self.token_selection != "none":
+        elif self.token_selection == "kl-cov":
             old, constant = self._need("old_logps", old_logps), logps.detach()
-            starts = sequence_starts(logps, "logps", cu_seqlens)
-            each = advantages if advantages.shape == logps.shape else _each_token(advantages.view(-1), starts, logps)
-            if self.token_selection == "kl-cov":
-                chosen = kl_cov_mask(constant, each, completion_mask, fraction=self.token_fraction)
-                options["ref_logps"] = torch.where(chosen, old.to(logps.dtype), constant)
-            else:
-                spared = clip_cov_weights(
-                    constant,
-                    old,
-                    each,
-                    completion_mask,
-                    fraction=self.token_fraction,
-                    epsilon_low=self.epsilon_low or 0.2,
-                    epsilon_high=self.epsilon_high or 0.2,
-                    generator=generator,
-                )
-                weights.append(spared)
+            chosen = kl_cov_mask(
+                constant, advantages, completion_mask, fraction=self.token_fraction, cu_seqlens=cu_seqlens
+            )
+            options["ref_logps"] = torch.where(chosen, old.to(logps.dtype), constant)
+        elif self.token_selection == "clip-cov":
+            clip = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
+            kept = clip_cov_weights(
+                logps.detach(),
+                self._need("old_logps", old_logps),
+                advantages,
+                completion_mask,
+                fraction=self.token_fraction,
+                cu_seqlens=cu_seqlens,
+                generator=generator,
+                **{name: epsilon for name, epsilon in clip.items() if epsilon is not None},
+            )
+            weights.append(kept)
         if weights:
             options["weights"] = math.prod(weights[1:], start=weights[0])
         if num_items_in_batch is None and not self.divide_by_items:
