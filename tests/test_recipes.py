@@ -868,6 +868,14 @@ def test_kl_in_the_score_loses_its_mean_over_the_group(batch: Batch):
     assert_golden(batch.expanded(worth.advantages)[batch.mask()], batch.of(expected)[batch.mask()])
 
 
+def test_a_running_mean_is_of_scores_with_their_penalties(batch: Batch):
+    """[2402.14740 eq. 3]: the R of REINFORCE's baseline has the KL in it; DAPO's score its length."""
+    worth = recipe("reinforce").advantages(**batch.everything())
+    assert_golden(worth.scores, [1 - 0.03 * 0.2, -1 - 0.03 * 0.3, 4 - 0.03 * 0.4, 0 + 0.03 * 0.6])
+    assert_golden(recipe("reinforce_pp").advantages(**batch.everything(FAR)).scores, [1.0, -1.0, 10.0, 0.0])
+    assert_golden(recipe("dapo").advantages(**batch.everything(TIED, 4)).scores, [0.0, -1.0, 2.0, 2.0])
+
+
 def test_kl_is_taken_off_once(batch: Batch):
     """Wherever it is: in the score each token pays for the whole sequence, in the reward for what follows, or alone."""
     off = {"score": each([0.2, 0.3, 0.4, -0.6]), "reward": KL_TO_GO, "token": KL}
@@ -1056,6 +1064,8 @@ CONTRADICTIONS = [  # by the name of the field that would be without effect
     ("kl_place", {"kl_place": "token", "time": "returns", "beta": 0.1}),
     ("std", {"std": "group", "baseline": "greedy"}),
     ("whiten", {"whiten": "sequences", "time": "returns"}),
+    ("baseline", {"baseline": "critic"}),
+    ("baseline", {"time": "gae"}),
     ("kl_bias_correction", {"kl_bias_correction": True, "kl_place": "none"}),
 ]
 
