@@ -369,12 +369,12 @@ golden(
     },
 )
 
-# OPO: baselines weighted by length, (4 * 1 + 2 * -1) / 6 = 1/3 and (3 * 4 + 1 * 0) / 4 = 3.
+# OPO: baselines weighted by length, (4 * 1 + 2 * -1) / 6 = 1/3 and (3 * 4 + 1 * 0) / 4 = 3; sums over 4 sequences.
 golden(
     "opo",
     each([1 - 1 / 3, -1 - 1 / 3, 4 - 3, 0 - 3]),
-    -(2 / 3 * -5 - 4 / 3 * -1 + 1 * -1.75 - 3 * -3) / 10,
-    {(0, 0): -2 / 3 / 10, (1, 0): 4 / 3 / 10, (3, 0): 3 / 10},
+    -(2 / 3 * -5 - 4 / 3 * -1 + 1 * -1.75 - 3 * -3) / 4,
+    {(0, 0): -2 / 3 / 4, (1, 0): 4 / 3 / 4, (3, 0): 3 / 4},
 )
 
 # GPG: 2 of 4 sequences have a gradient, so alpha = 2. The others count as tokens: N = 10.

@@ -34,7 +34,7 @@ INFINITY = float("inf")
 LARGEST = sys.float_info.max
 
 
-LEVELS = ("token", "sequence", "sequence-token")  # csrc/cpu/losses.h, enum Level
+LEVELS = ("token", "sequence", "sequence-token", "sequence-sum")  # csrc/cpu/losses.h, enum Level
 
 
 class Option(NamedTuple):
@@ -137,7 +137,7 @@ class PolicyModes(NamedTuple):
     @property
     def across_tokens(self) -> bool:
         """Each token moves the losses of its whole sequence."""
-        return LEVELS[self.level] == "sequence"
+        return LEVELS[self.level] in ("sequence", "sequence-sum")
 
 
 # ---------------------------------------------------------------- policy
@@ -274,7 +274,8 @@ def policy_loss(
         "token"           exp(D_t)
         "sequence"        exp(mean D), one for each sequence, through which every token's loss moves every token of it
                           (GSPO, 2507.18071 eq. 7)
-        "sequence-token"  the same number, but each token's loss moves that token alone (GSPO-token, ibid. eq. 14)
+        "sequence-sum"    exp(sum D), the same of the whole completion: what importance sampling is of (RLOO in TRL)
+        "sequence-token"  the number of "sequence", but each token's loss moves that token alone (GSPO-token, ibid. eq. 14)
 
     Args:
         logps: of the policy that learns. The loss is differentiable in them and in `entropy`, and in nothing else.

@@ -39,10 +39,16 @@ def recipe(name: str, *extras: str, dialect: str = "rpp", **overrides: Any) -> R
     if dialect != "rpp":
         row |= _named(f"name, in the dialect {dialect!r}", name, _named("dialect", dialect, DIALECTS))
     for extra in extras:
-        row |= _named("extras", extra, EXTRAS)
+        changes = _named("extras", extra, EXTRAS)
+        row |= {field: changes[field] for field in changes if field != "paper"}
+    if extras and row.get("loss_function", "policy") != "policy":
+        raise ValueError(f"extras: want none for {name!r}, a loss of preferences, got {', '.join(map(repr, extras))}")
     for field in overrides:
         _named("overrides", field, _FIELDS)
-    return Recipe(**(row | overrides | {"name": name, "dialect": dialect}))
+    made = Recipe(**(row | overrides | {"name": name, "dialect": dialect}))
+    if not made.beta and any("kl_place" in EXTRAS[extra] for extra in extras):
+        raise ValueError(f"beta: want a positive number for the KL of {', '.join(map(repr, extras))}, got {made.beta}")
+    return made
 
 
 def _named(what: str, name: str, names: Any) -> Any:

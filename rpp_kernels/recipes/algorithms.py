@@ -43,7 +43,7 @@ ALGORITHMS: dict[str, Row] = {
     },
     "raft": {
         "paper": "2304.06767",
-        "equation": "-log pi(y_best), the best of k",
+        "equation": "-log pi(y_t) of the best of k completions",
         "sequences": "best",
         "baseline": "unit",
         "surrogate": "reinforce",
@@ -168,6 +168,7 @@ ALGORITHMS: dict[str, Row] = {
         "equation": "-(R - b) log pi(y|x), b the length-weighted mean of the group",
         "baseline": "length-weighted",
         "surrogate": "reinforce",
+        "reduction": "seq-mean-token-sum",
     },
     "gpg": {
         "paper": "2504.02546",

@@ -30,7 +30,8 @@ _OPENRLHF: Row = {
 }
 _OPENRLHF_WHITEN: Row = {"whiten": "tokens", "whiten_eps_mode": "floor"}
 
-# verl bounds the loss of negative advantages (dual clip) in every "vanilla" loss; KL is off by default everywhere.
+# verl bounds the loss of negative advantages (dual clip) in every "vanilla" loss. A KL is off unless asked for, in the
+# reward or in the loss; GRPO's row has the one that its examples ask for.
 _VERL: Row = {"beta": 0.0, "surrogate": "clip", "dual_clip": 3.0, "reduction": "token-mean"}
 _VERL_OTHER: Row = {"beta": 0.0, "reduction": "token-mean"}
 _VERL_WHITEN: Row = {"whiten": "tokens", "whiten_unbiased": True, "whiten_eps_mode": "add_var"}
@@ -74,7 +75,7 @@ DIALECTS: dict[str, dict[str, Row]] = {
         },
         "rloo": {**_VERL, "singleton": "keep"},
         "remax": _VERL,
-        "grpo": {**_VERL, "singleton": "keep", "beta": 0.001},
+        "grpo": {**_VERL, "singleton": "keep", "beta": 0.001, "kl_clamp": 10.0},
         "dr_grpo": {
             **_VERL,
             "singleton": "keep",

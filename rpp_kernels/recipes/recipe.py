@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,12 +10,20 @@ import torch
 from torch import Tensor
 
 from rpp_kernels.distributed import gathered
-from rpp_kernels.ops.advantages import gae, returns, whiten
-from rpp_kernels.ops.checks import check_choice, check_floats, check_shape, describe, fail, sequence_starts
-from rpp_kernels.ops.groups import best_of_group, group_advantages, informative_groups
-from rpp_kernels.ops.kl import kl_penalty
-from rpp_kernels.ops.policy_loss import policy_loss
-from rpp_kernels.ops.preference import copg_loss, dpo_loss
+from rpp_kernels.ops.advantages import EPS_MODES, GAPS, gae, returns, whiten
+from rpp_kernels.ops.checks import (
+    check_choice,
+    check_floats,
+    check_shape,
+    describe,
+    fail,
+    result_dtype,
+    sequence_starts,
+)
+from rpp_kernels.ops.groups import STDS, best_of_group, group_advantages, informative_groups
+from rpp_kernels.ops.kl import ESTIMATORS, kl_penalty
+from rpp_kernels.ops.policy_loss import LEVELS, REDUCTIONS, SURROGATES, policy_loss
+from rpp_kernels.ops.preference import LOSS_TYPES, copg_loss, dpo_loss
 from rpp_kernels.ops.rewards import normalize_rewards, overlong_penalty, token_rewards
 from rpp_kernels.ops.rollout import rollout_weights
 from rpp_kernels.ops.running_mean import RunningMean
@@ -42,8 +51,7 @@ class Worth(NamedTuple):
 
 
 _OF_GROUPS = ("mean", "leave-one-out", "length-weighted")
-# What the axes know that no function below checks.
-_CHOICES = {
+_CHOICES: dict[str, Sequence[Any]] = {
     "sequences": ("all", "informative", "best"),
     "baseline": ("none", *_OF_GROUPS, "greedy", "running-mean", "critic", "unit"),
     "group_scale": ("none", "informative", "nonzero-scores"),
@@ -51,6 +59,16 @@ _CHOICES = {
     "whiten": ("none", "tokens", "sequences"),
     "kl_place": ("none", "score", "reward", "token", "loss"),
     "loss_function": ("policy", "dpo", "copg"),
+    "std": tuple(STDS),
+    "singleton": ("zero", "keep"),
+    "gap": tuple(GAPS),
+    "whiten_eps_mode": tuple(EPS_MODES),
+    "kl_estimator": tuple(ESTIMATORS)[1:],
+    "kl_gradient": (None, *ESTIMATORS),
+    "surrogate": tuple(SURROGATES),
+    "importance_sampling_level": LEVELS,
+    "reduction": REDUCTIONS,
+    "preference": tuple(LOSS_TYPES),
     "token_selection": ("none", "top-entropy", "clip-cov", "kl-cov"),
     "rollout_level": ("none", "token", "sequence", "geometric"),
     "rollout_mask": ("none", "token", "sequence", "geometric"),
@@ -156,6 +174,7 @@ class Recipe:
             'kl_place: "reward" needs returns or gae': self.kl_place == "reward" and self.time == "sequence",
             'kl_place: "token" needs time "sequence"': self.kl_place == "token" and self.time != "sequence",
             'baseline: "critic" and time "gae" go together': (self.baseline == "critic") != (self.time == "gae"),
+            'kl_bias_correction: needs kl_place "loss"': self.kl_bias_correction and self.kl_place != "loss",
             "std: needs the baseline of a group": self.std != "none" and self.baseline not in _OF_GROUPS,
             'whiten: "sequences" needs time "sequence"': self.whiten == "sequences" and self.time != "sequence",
         }.items():
@@ -164,7 +183,10 @@ class Recipe:
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """The keyword arguments of `policy_loss` and `linear_policy_loss` that this recipe stands for."""
+        """The keyword arguments of `policy_loss` and `linear_policy_loss` that this recipe stands for.
+
+        Without those that are tensors: `weights` and, for a KL in the loss, `ref_logps` (`loss` makes them).
+        """
         self._want_loss("policy")
         in_loss = self.kl_place == "loss"
         options: dict[str, Any] = {
@@ -233,7 +255,7 @@ class Recipe:
         check_floats("scores", scores, (1,), like=completion_mask)
         check_shape("scores", scores, (starts.shape[0] - 1,), "of one for each sequence")
         rollout = _Rollout(
-            scores=scores.detach(),
+            scores=scores.detach().to(result_dtype(scores)),
             mask=completion_mask,
             starts=starts,
             old_logps=old_logps,
@@ -277,7 +299,7 @@ class Recipe:
             entropy: for an entropy bonus, which is differentiated, and for "top-entropy".
             sampling_logps: of the engine that generated the rollout, for its correction.
             max_completion_length: for the reduction "seq-mean-token-sum-norm".
-            generator: for the random choice of "clip-cov".
+            generator: for the random choice of "clip-cov", which like that of "kl-cov" is among the tokens of this call.
             process_group: for "top-entropy", whose quantile is that of all its ranks.
             the others: as in `policy_loss`. Tensors that the recipe has no use for are left alone.
 
@@ -285,7 +307,7 @@ class Recipe:
             ValueError: something that the recipe needs is missing, or an argument is not as above.
         """
         options = self.loss_options
-        if "beta" in options:
+        if "beta" in options and self.token_selection != "kl-cov":
             options["ref_logps"] = self._need("ref_logps", ref_logps)
         if "entropy_coef" in options:
             options["entropy"] = self._need("entropy", entropy)
@@ -456,7 +478,7 @@ def _scored(recipe: Recipe, r: _Rollout) -> _Rollout:
     scores, kl = r.scores, None
     if recipe.overlong_buffer:
         longest = recipe._need("max_completion_length", r.max_completion_length)
-        buffer = round(recipe.overlong_buffer * longest)
+        buffer = max(round(recipe.overlong_buffer * longest), 1)
         scores = scores + overlong_penalty(r.lengths, max_completion_length=longest, buffer_length=buffer)
     clip = None if recipe.reward_clip_after_baseline else recipe.reward_clip
     if recipe.reward_zscore or clip is not None or recipe.reward_scale != 1:
@@ -467,7 +489,7 @@ def _scored(recipe: Recipe, r: _Rollout) -> _Rollout:
         old, ref = recipe._need("old_logps", r.old_logps), recipe._need("ref_logps", r.ref_logps)
         kl = kl_penalty(old.detach(), ref.detach(), r.mask, estimator=recipe.kl_estimator, kl_clamp=recipe.kl_clamp)
         if recipe.kl_place == "score":
-            scores = scores - recipe.beta * _sequence_sums(kl, r.starts)
+            scores, kl = scores - recipe.beta * _sequence_sums(kl, r.starts), None  # paid
     return r.but(scores=scores, kl=kl)
 
 
@@ -544,8 +566,9 @@ def _whitened(recipe: Recipe, r: _Rollout) -> _Rollout:
 
 def _sequence_sums(x: Tensor, starts: Tensor) -> Tensor:
     """(B,): the sum over each sequence of what is 0 where masked."""
-    total = torch.nn.functional.pad(x.reshape(-1).cumsum(0, dtype=torch.float64), (1, 0))
-    return total[starts].diff().to(x.dtype)
+    lengths = starts.diff()  # not differences of one cumulative sum, which an infinity would outlive
+    rows = torch.arange(lengths.shape[0], device=x.device).repeat_interleave(lengths, output_size=x.numel())
+    return lengths.new_zeros(lengths.shape, dtype=torch.float64).index_add(0, rows, x.reshape(-1).double()).to(x.dtype)
 
 
 def _each_token(x: Tensor, starts: Tensor, like: Tensor) -> Tensor:

@@ -168,6 +168,7 @@ def policy_loss(
 
         "token"           d_t = D_t
         "sequence"        d_t = mean of the sequence's D [GSPO 2507.18071 eq. 7]
+        "sequence-sum"    d_t = sum of the sequence's D: the ratio of the whole completion's probabilities
         "sequence-token"  d_t = sg(mean of the sequence's D) + logp_t - sg(logp_t) [GSPO-token, ibid. eq. 14]
 
     KL_t = kl_penalty(logps, ref_logps, estimator=kl_estimator, gradient=kl_gradient), with `kl_bias_correction` times
@@ -188,11 +189,15 @@ def policy_loss(
         return select(padded(x.to(dtype), completion_mask, cu_seqlens)[0], mask)
 
     def ratio_of(log_ratio: Tensor) -> Tensor:
-        if importance_sampling_level != "token":
-            mean = (log_ratio.sum(1, keepdim=True) / length.clamp(min=1)).expand_as(log_ratio)
+        total = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+        mean = total / length.clamp(min=1)
+        if importance_sampling_level == "sequence":
+            log_ratio = mean
+        elif importance_sampling_level == "sequence-sum":
+            log_ratio = total
+        elif importance_sampling_level == "sequence-token":
             # Its value is the mean, and its gradient that of the token; a log-ratio of -inf has none.
-            own = mean.detach() + select(log_ratio - log_ratio.detach(), log_ratio.isfinite())
-            log_ratio = mean if importance_sampling_level == "sequence" else own
+            log_ratio = mean.detach() + select(log_ratio - log_ratio.detach(), log_ratio.isfinite())
         return log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
 
     a, ratio = tokens(per_token(advantages.detach(), logps, cu_seqlens)), ratio_of(d)

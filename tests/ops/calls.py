@@ -214,6 +214,12 @@ CALLS = {
     "reinforce_pp_advantages without KL": Call(partial(_reinforce_pp, ref=None, beta=0.0), ("scores",)),
     **{f"policy_loss {r}": Call(partial(_policy, reduction=r), ("logps",)) for r in REDUCTIONS},
     **{f"policy_loss sequence {r}": Call(partial(_policy, reduction=r, **LEVEL), ("logps",)) for r in REDUCTIONS},
+    **{
+        f"policy_loss sequence-sum {r}": Call(
+            partial(_policy, reduction=r, importance_sampling_level="sequence-sum"), ("logps",)
+        )
+        for r in ("token-mean", "seq-mean-token-mean", "none")
+    },
     "policy_loss dual clip": Call(partial(_policy, dual_clip=1.3, epsilon_high=0.1), ("logps",)),
     "policy_loss of an advantage for each sequence": Call(
         partial(_policy, advantages="scores", num_items_in_batch=7), ("logps",)

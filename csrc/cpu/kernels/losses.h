@@ -24,14 +24,15 @@ RPP_HD PolicyTokens<T> load_policy(const PolicyArgs<T>& a, int64_t sequence, int
   return {mask, mask ? logp : V{}, mask ? log_ratio : V{}, mask ? advantage : V{}};
 }
 
-// Over a sequence: of the log-ratios, and of what the surrogate makes of them.
+// Over a sequence, for Level::sequence_sum times its tokens: of the log-ratios, and of what the surrogate makes of
+// them.
 template <class T>
 struct MeanLogRatio {
   T plain, surrogate;
 };
 
 template <Surrogate surrogate, class T>
-RPP_HD MeanLogRatio<T> mean_log_ratio(const PolicyArgs<T>& a, int64_t sequence, int64_t valid,
+RPP_HD MeanLogRatio<T> mean_log_ratio(const PolicyArgs<T>& a, int64_t sequence, int64_t count,
                                       SurrogateOptions<Vector<T>> options) {
   LaneSums<T, 2> sum;
   sum.walk(a.cu_seqlens[sequence], a.cu_seqlens[sequence + 1], [&](int64_t i, int64_t n) {
@@ -39,7 +40,6 @@ RPP_HD MeanLogRatio<T> mean_log_ratio(const PolicyArgs<T>& a, int64_t sequence, 
     sum.lane[0] += x.log_ratio;
     sum.lane[1] += log_ratio_term<surrogate>(x.log_ratio, x.advantage, options).value;
   });
-  const int64_t count = std::max<int64_t>(valid, 1);
   return {static_cast<T>(sum.total[0] / count), static_cast<T>(sum.total[1] / count)};
 }
 
@@ -75,8 +75,9 @@ RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
   const T sequence_weight = a.sequence_mean ? T(1) / std::max<int64_t>(valid, 1) : T(1);
   const SurrogateOptions<V> options = {V{} + a.options[0], V{} + a.options[1], V{} + a.options[2], V{} + a.options[3]};
   const V one = num<V>(1), zero{}, most = V{} + a.log_ratio_clamp, beta = V{} + a.beta, length = num<V>(valid);
-  const bool of_token = a.level == Level::token, shared = a.level == Level::sequence;
-  const auto mean = of_token ? MeanLogRatio<T>{} : mean_log_ratio<surrogate>(a, sequence, valid, options);
+  const bool of_token = a.level == Level::token, shared = !of_token && a.level != Level::sequence_token;
+  const int64_t count = a.level == Level::sequence_sum ? 1 : std::max<int64_t>(valid, 1);
+  const auto mean = of_token ? MeanLogRatio<T>{} : mean_log_ratio<surrogate>(a, sequence, count, options);
   LaneSums<T, 9> sum;
   KlBlock<T> kl_of;
   for (int64_t start = begin; start < end; start += sum.kBlock) {
@@ -122,8 +123,7 @@ RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
     });
     sum.flush();
   }
-  if (shared) {  // the ratio is one for all tokens, and each moves it by 1 / n
-    const double count = std::max<int64_t>(valid, 1);
+  if (shared) {  // the ratio is one for all tokens, and each moves it by 1 / count
     const V share = V{} + static_cast<T>(sum.total[7] / count), kl_share = V{} + static_cast<T>(sum.total[8] / count);
     for_each_vector<T>(begin, end, [&](int64_t i, int64_t n) {
       const auto x = load_policy(a, sequence, i, n);
