@@ -5,7 +5,9 @@ judged by the spec on the whole batch.
 """
 
 import itertools
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +19,7 @@ from rpp_kernels import backends, reference
 
 pytestmark = needs_gloo
 
+ROOT = Path(__file__).parents[1]
 B, S, H, V = 8, 6, 3, 5
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 f64 = torch.float64
@@ -349,3 +352,14 @@ def test_compiled_into_one_graph_with_a_process_group(name, backend, one_process
     compiled = torch.compile(lambda t: call(rpp, t, process_group=one_process), fullgraph=True, backend="aot_eager")
     assert_same(compiled(t), call(rpp, t))
     torch._dynamo.reset()
+
+
+def test_the_example_of_the_documentation_runs(backend, one_process):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/distributed.md").read_text(), flags=re.S)
+    t = whole_batch()
+    names = {"torch": torch, "rpp": rpp, "model": torch.nn.parallel.DistributedDataParallel(model_of(t))}
+    names |= {"inputs": torch.where(t["mask"][..., None], t["hidden_states"], 0.0), "prompt_ids": t["group_ids"]}
+    names |= {k: t[k] for k in ("mask", "target_ids", "scores", "old_logps")}
+    exec(example, names)
+    assert names["stats"].num_tokens == t["mask"].sum()
+    assert all(p.grad.abs().sum() > 0 for p in names["model"].parameters())
