@@ -143,6 +143,9 @@ TABLES = {
         "dialects": dialects_table,
     },
 }
+        cells = cells if kernels else ["not needed"] * 2  # PyTorch's own functions on a few numbers
+        lines.append(f"| `{name}` | {what} | yes | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def with_table(text: str, name: str, table: str) -> str:

@@ -5,7 +5,9 @@ judged by the spec on the whole batch.
 """
 
 import itertools
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +19,7 @@ from rpp_kernels import backends, reference
 
 pytestmark = needs_gloo
 
+ROOT = Path(__file__).parents[1]
 B, S, H, V = 8, 6, 3, 5
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 f64 = torch.float64
@@ -158,21 +161,38 @@ OF_ALL = {
 # ---------------------------------------------------------------- a step of training, on one process and on many
 
 
-def loss_of(t: dict[str, torch.Tensor], reduction: str, count: torch.Tensor) -> torch.Tensor:
-    options = {"max_completion_length": S} if reduction.endswith("norm") else {}
-    tensors = t["logps"], t["old_logps"], t["advantages"], t["mask"]
-    return rpp.policy_loss(*tensors, reduction=reduction, num_items_in_batch=count, **options).loss
+def loss_of(t: dict[str, torch.Tensor], loss: str, reduction: str, count: Any) -> torch.Tensor:
+    options = {"reduction": reduction, "num_items_in_batch": count}
+    options |= {"max_completion_length": S} if reduction.endswith("norm") else {}
+    if loss == "value":
+        return rpp.value_loss(t["values"], t["old_logps"], t["advantages"], t["mask"], **options).loss
+    tensors = t["old_logps"], t["advantages"], t["mask"]
+    if loss == "linear":
+        return rpp.linear_policy_loss(t["hidden_states"], t["weight"], t["target_ids"], *tensors, **options).loss
+    return rpp.policy_loss(t["logps"], *tensors, **options).loss
 
 
-def step(t: dict[str, torch.Tensor], reduction: str, micro: int, group: Any) -> dict[str, torch.Tensor]:
-    """The losses of micro-batches of so many rows, added, and the gradient of the log-probs."""
-    count = rpp.num_items_in_batch(t["mask"], reduction, process_group=group)
-    logps, total = t["logps"].clone().requires_grad_(), torch.zeros((), dtype=t["logps"].dtype)
-    for start in range(0, len(logps), micro):
-        loss = loss_of(part(t | {"logps": logps}, start, start + micro), reduction, count)
-        loss.backward()
-        total += loss.detach()
-    return {"loss": total, "dlogps": torch.zeros_like(logps) if logps.grad is None else logps.grad}
+LEARNED = {"policy": ("logps",), "value": ("values",), "linear": ("hidden_states", "weight")}
+
+
+def step(
+    t: dict[str, torch.Tensor], loss: str, reduction: str, micro: int = B, group: Any = None
+) -> dict[str, torch.Tensor]:
+    """The losses of micro-batches of so many rows, added, and their gradients; without a group, of one call."""
+    generator = torch.Generator().manual_seed(3)
+    t = t | {"weight": torch.randn(V, H, generator=generator, dtype=f64)}
+    learned = {k: t[k].clone().requires_grad_() for k in LEARNED[loss]}
+    count = None if group is None else rpp.num_items_in_batch(t["mask"], reduction, process_group=group)
+    total = torch.zeros((), dtype=f64)
+    for start in range(0, len(t["mask"]), micro):
+        cut = {k: x if k == "weight" else x[start : start + micro] for k, x in (t | learned).items()}
+        one = loss_of(cut, loss, reduction, count)
+        one.backward()
+        total += one.detach()
+    return {"loss": total} | {k: torch.zeros_like(x) if x.grad is None else x.grad for k, x in learned.items()}
+
+
+STEPS = list(itertools.product(LEARNED, REDUCTIONS, (1, 3, B)))
 
 
 def model_of(t: dict[str, torch.Tensor]) -> torch.nn.Linear:
@@ -183,7 +203,7 @@ def model_of(t: dict[str, torch.Tensor]) -> torch.nn.Linear:
 def model_loss(model: Any, t: dict[str, torch.Tensor], reduction: str, count: torch.Tensor) -> torch.Tensor:
     hidden_states = torch.where(t["mask"][..., None], t["hidden_states"], 0.0)
     logps = rpp.logps_from_logits(model(hidden_states), t["target_ids"], t["mask"]).logps
-    return loss_of(t | {"logps": logps}, reduction, count)
+    return loss_of(t | {"logps": logps}, "policy", reduction, count)
 
 
 def data_parallel(t: dict[str, torch.Tensor], reduction: str, group: Any) -> list[torch.Tensor]:
@@ -219,7 +239,7 @@ def _of_one_split(split: str, size: int, group: Any) -> dict[str, Any]:
     cuts, masked = SPLITS[size][split]
     t = part(whole_batch(masked), *cuts[group.rank() :][:2])
     calls = {name: partial(call, rpp, t, process_group=group) for name, call in (EACH_ROW | OF_ALL).items()}
-    steps = {f"{r}-{micro}": partial(step, t, r, micro, group) for r in REDUCTIONS for micro in (1, 3, B)}
+    steps = {"-".join(map(str, how)): partial(step, t, *how, group) for how in STEPS}
     if split != "nothing":
         steps |= {f"{r}-parallel": partial(data_parallel, t, r, group) for r in REDUCTIONS}
     return calls | steps
@@ -271,19 +291,18 @@ def test_all_ranks_have_what_one_process_has_to_the_same_bit(name, size, split, 
 
 
 @everywhere
-@pytest.mark.parametrize("micro", [1, 3, B])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss", LEARNED)
 def test_losses_and_gradients_of_ranks_and_micro_batches_are_those_of_one_call(
-    reduction, micro, size, split, backend, ranks
+    loss, reduction, size, split, backend, ranks
 ):
-    parts = ranks(size, f"{backend}-{size}-{split}-{reduction}-{micro}")
-    t = expected_batch(size, split)
-    logps = t["logps"].clone().requires_grad_()
     with rpp.use_backend(backend):
-        whole = loss_of(t | {"logps": logps}, reduction, None)
-    whole.backward()
-    assert_same(sum(x["loss"] for x in parts), whole.detach())
-    assert_same(torch.cat([x["dlogps"] for x in parts]), logps.grad)
+        whole = step(expected_batch(size, split), loss, reduction)
+    for micro in (1, 3, B):
+        parts = ranks(size, f"{backend}-{size}-{split}-{loss}-{reduction}-{micro}")
+        for name, x in whole.items():
+            every = [one[name] for one in parts]
+            assert_same(sum(every) if name in ("loss", "weight") else torch.cat(every), x)
 
 
 @everywhere
@@ -349,3 +368,14 @@ def test_compiled_into_one_graph_with_a_process_group(name, backend, one_process
     compiled = torch.compile(lambda t: call(rpp, t, process_group=one_process), fullgraph=True, backend="aot_eager")
     assert_same(compiled(t), call(rpp, t))
     torch._dynamo.reset()
+
+
+def test_the_example_of_the_documentation_runs(backend, one_process):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/distributed.md").read_text(), flags=re.S)
+    t = whole_batch()
+    names = {"torch": torch, "rpp": rpp, "model": torch.nn.parallel.DistributedDataParallel(model_of(t))}
+    names |= {"inputs": torch.where(t["mask"][..., None], t["hidden_states"], 0.0), "prompt_ids": t["group_ids"]}
+    names |= {k: t[k] for k in ("mask", "target_ids", "scores", "old_logps")}
+    exec(example, names)
+    assert names["stats"].num_tokens == t["mask"].sum()
+    assert all(p.grad.abs().sum() > 0 for p in names["model"].parameters())

@@ -134,17 +134,19 @@ std::tuple<Tensor, Tensor> gae_fwd(Tensor rewards, Tensor values, MaybeTensor ma
     Tensor advantages, targets;
     T* out = new_like<T>(rewards, {s.tokens}, advantages);
     T* out_targets = new_like<T>(rewards, {s.tokens}, targets);
-    const bool steps = static_cast<Gap>(gap) == Gap::step;
-    s.parallel_scan<GaeCarry>([=](GaeCarry& carry, int64_t t) {
-      out[t] = out_targets[t] = 0;
-      const bool valid = s.valid(t);
-      if (!valid && !steps) return;
-      const double reward = kept(valid, r[t]), value = kept(valid, v[t]);
-      carry.advantage = reward + gamma * carry.next_value - value + gamma * gae_lambda * carry.advantage;
-      carry.next_value = value;
-      out[t] = kept(valid, static_cast<T>(carry.advantage));
-      out_targets[t] = kept(valid, static_cast<T>(carry.advantage + value));
-    });
+    const auto scan = [&]<bool steps>(std::bool_constant<steps>) {
+      s.parallel_scan<GaeCarry>([=](GaeCarry& carry, int64_t t) {
+        out[t] = out_targets[t] = 0;
+        const bool valid = s.valid(t);
+        if (!steps && !valid) return;
+        const double reward = kept(valid, r[t]), value = kept(valid, v[t]);
+        carry.advantage = reward + gamma * carry.next_value - value + gamma * gae_lambda * carry.advantage;
+        carry.next_value = value;
+        out[t] = kept(valid, static_cast<T>(carry.advantage));
+        out_targets[t] = kept(valid, static_cast<T>(carry.advantage + value));
+      });
+    };
+    static_cast<Gap>(gap) == Gap::step ? scan(std::true_type{}) : scan(std::false_type{});
     return std::tuple{advantages, targets};
   });
 }

@@ -244,7 +244,7 @@ def _indexed(
 
 
 @kernel_op(lambda scores, *_: torch.empty_like(scores))
-def best_of_group_fwd(scores: Tensor, group_ids: Tensor | None, group_size: int, group_name: str) -> Tensor:
+def best_rows(scores: Tensor, group_ids: Tensor | None, group_size: int, group_name: str) -> Tensor:
     scores, index, own = _indexed(scores, group_ids, group_size, group_name)
     place = torch.arange(scores.shape[0], device=scores.device)
     best = (scores == _reduced(scores, index, "amax")) | scores.isnan()
@@ -253,7 +253,7 @@ def best_of_group_fwd(scores: Tensor, group_ids: Tensor | None, group_size: int,
 
 
 @kernel_op(lambda scores, *_: torch.empty_like(scores, dtype=torch.bool))
-def informative_groups_fwd(scores: Tensor, group_ids: Tensor | None, group_size: int, group_name: str) -> Tensor:
+def informative_rows(scores: Tensor, group_ids: Tensor | None, group_size: int, group_name: str) -> Tensor:
     scores, index, own = _indexed(scores, group_ids, group_size, group_name)
     return (_reduced(scores, index, "amax") != _reduced(scores, index, "amin"))[own].clone()
 
@@ -285,7 +285,7 @@ def best_of_group(
     check_ranks(process_group, scores=scores)
     if backend_of(scores) == "reference":
         return reference.best_of_group(scores, group_size=group_size, group_ids=group_ids, process_group=process_group)
-    result: Tensor = best_of_group_fwd(*_comparable(scores, group_ids), group_size or 0, group_name(process_group))
+    result: Tensor = best_rows(*_comparable(scores, group_ids), group_size or 0, group_name(process_group))
     return result
 
 
@@ -318,7 +318,7 @@ def informative_groups(
         return reference.informative_groups(
             scores, group_size=group_size, group_ids=group_ids, process_group=process_group
         )
-    result: Tensor = informative_groups_fwd(*_comparable(scores, group_ids), group_size or 0, group_name(process_group))
+    result: Tensor = informative_rows(*_comparable(scores, group_ids), group_size or 0, group_name(process_group))
     return result
 
 

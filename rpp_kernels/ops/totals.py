@@ -30,7 +30,7 @@ Stats = TypeVar("Stats", bound=tuple[Tensor, ...])
 
 
 @kernel_op(lambda x, group_name: torch.empty_like(x))
-def sum_over_ranks_fwd(x: Tensor, group_name: str) -> Tensor:
+def rank_sums(x: Tensor, group_name: str) -> Tensor:
     return gathered(x, named_group(group_name)).sum(0) if group_name else x.clone()
 
 
@@ -89,7 +89,7 @@ def num_items_in_batch(
         count = (before[starts].diff() > 0).sum()
     items = count.double()
     if process_group is not None:
-        items = sum_over_ranks_fwd(items, group_name(process_group))
+        items = rank_sums(items, group_name(process_group))
     return items.clamp(min=1)
 
 
@@ -124,5 +124,5 @@ def sum_over_ranks(stats: Stats, process_group: "ProcessGroup | None") -> Stats:
     if backend_of(stats[0]) == "reference":
         return reference.sum_over_ranks(stats, process_group)
     flat = torch.cat([x.double().reshape(-1) for x in stats])
-    sums = sum_over_ranks_fwd(flat, group_name(process_group)).split([x.numel() for x in stats])
+    sums = rank_sums(flat, group_name(process_group)).split([x.numel() for x in stats])
     return type(stats)(*(total.view(x.shape).to(x.dtype) for total, x in zip(sums, stats, strict=True)))

@@ -82,12 +82,12 @@ def _rewards(f, x, mask, cu_seqlens):
     return f.token_rewards(x["scores"], x["kl"], mask, beta=0.3, cu_seqlens=cu_seqlens)
 
 
-def _returns(f, x, mask, cu_seqlens, gamma=0.9):
-    return f.returns(x["rewards"], mask, gamma=gamma, cu_seqlens=cu_seqlens)
+def _returns(f, x, mask, cu_seqlens, **options):
+    return f.returns(x["rewards"], mask, gamma=0.9, cu_seqlens=cu_seqlens, **options)
 
 
-def _gae(f, x, mask, cu_seqlens, gamma=0.9, gae_lambda=0.8):
-    return f.gae(x["rewards"], x["values"], mask, gamma=gamma, gae_lambda=gae_lambda, cu_seqlens=cu_seqlens)
+def _gae(f, x, mask, cu_seqlens, **options):
+    return f.gae(x["rewards"], x["values"], mask, gamma=0.9, gae_lambda=0.8, cu_seqlens=cu_seqlens, **options)
 
 
 def _whiten(f, x, mask, _, **options):
@@ -200,7 +200,10 @@ CALLS = {
     ),
     "token_rewards": Call(_rewards, ("scores", "kl")),
     "returns": Call(_returns, ("rewards",)),
+    "returns reset": Call(partial(_returns, gap="reset"), ("rewards",)),
+    "returns step": Call(partial(_returns, gap="step"), ("rewards",)),
     "gae": Call(_gae, ("rewards", "values")),
+    "gae step": Call(partial(_gae, gap="step"), ("rewards", "values")),
     "whiten": Call(_whiten, ("advantages",)),
     "whiten add_var": Call(partial(_whiten, unbiased=True, eps_mode="add_var", shift_mean=False), ("advantages",)),
     "whiten add_std": Call(partial(_whiten, eps=1e-4, eps_mode="add_std"), ("advantages",)),

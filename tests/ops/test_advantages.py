@@ -57,6 +57,49 @@ def test_a_hole_neither_pays_nor_discounts_nor_resets(backend, device):
     assert_golden(out.returns, f32([[2.03125, 0, 3.125, 3.0, 0]], device=device))
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("gap", ["carry", "reset", "step"])
+@pytest.mark.parametrize("gamma", [0, 0.5, 1])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_holes_of_every_kind(packed, gamma, gap, dtype, device):
+    x = make_batch(9, 33, packed=packed, dtype=dtype, device=device)
+    x["completion_mask"] &= torch.rand_like(x["rewards"], dtype=torch.float32) < 0.7
+    options = {"gamma": gamma, "gap": gap}
+
+    def call(f, x):
+        return f.returns(x["rewards"], x["completion_mask"], cu_seqlens=x.get("cu_seqlens"), **options)
+
+    assert_close_to_reference(call, x, ["rewards"])
+    if gap == "reset":
+        return
+
+    def call_gae(f, x):
+        tensors = x["rewards"], x["values"], x["completion_mask"]
+        return f.gae(*tensors, gae_lambda=0.9, cu_seqlens=x.get("cu_seqlens"), **options)
+
+    assert_close_to_reference(call_gae, x, ["rewards", "values"])
+
+
+def test_what_a_hole_does_to_the_sum_that_passes_it(backend, device):
+    rewards, mask = f32([[1, 99, 2, 4]], device=device), f32([[1, 0, 1, 1]], device=device).bool()
+    returns = partial(rpp.returns, rewards, mask, gamma=0.5)
+    assert_golden(returns(gap="reset"), f32([[1, 0, 4, 4]], device=device))
+    assert_golden(returns(gap="step"), f32([[2, 0, 4, 4]], device=device))
+    assert_golden(returns(gap="carry"), returns())
+
+
+def test_nan_behind_a_hole_that_resets_stays_there(backend, device):
+    rewards, mask = f32([[1, 99, 2, math.nan]], device=device), f32([[1, 0, 1, 1]], device=device).bool()
+    assert rpp.returns(rewards, mask, gap="reset").isnan().tolist() == [[False, False, True, True]]
+    for gap in ("carry", "step"):
+        assert rpp.returns(rewards, mask, gap=gap).isnan().tolist() == [[True, False, True, True]]
+    inputs = rewards.requires_grad_()
+    weights = f32([[math.nan, 1, 1, 1]], device=device)  # forwards as well
+    (drewards,) = torch.autograd.grad(rpp.returns(inputs, mask, gap="reset"), inputs, weights)
+    assert drewards.isnan().tolist() == [[True, False, False, False]]
+
+
 def test_packed_sequences_do_not_see_each_other(backend, device):
     cu_seqlens = torch.tensor([0, 2, 2, 3], device=device)
     assert_golden(
@@ -190,6 +233,7 @@ CU_SEQLENS = torch.tensor([0, 3, 6])
         ({"gamma": -0.1}, "gamma: want a number from 0 to 1"),
         ({"gamma": math.nan}, "gamma: want a number from 0 to 1"),
         ({"gamma": None}, "gamma: want a number from 0 to 1"),
+        ({"gap": "skip"}, "gap: want one of 'carry', .*'step', got 'skip'"),
     ],
 )
 def test_returns_and_gae_refuse(changes, words, backend):
@@ -208,6 +252,7 @@ def test_returns_and_gae_refuse(changes, words, backend):
         ({"values": REWARDS.int()}, "values: want a float32"),
         ({"values": REWARDS.to("meta")}, "values: want a tensor on cpu"),
         ({"gae_lambda": 2}, "gae_lambda: want a number from 0 to 1"),
+        ({"gap": "reset"}, "gap: want one of 'carry', 'step', got 'reset'"),
     ],
 )
 def test_gae_refuses(changes, words, backend):

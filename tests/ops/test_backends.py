@@ -239,9 +239,9 @@ def op_cases():
             (torch.rand(12), scores, None, None, *group, backend),
             (torch.rand(12), scores, group_ids, lengths, *others, backend),
         ],
-        "best_of_group_fwd": [(scores, None, 3, ""), (scores, group_ids, 0, "")],
-        "informative_groups_fwd": [(scores, None, 3, ""), (scores, group_ids, 0, "")],
-        "sum_over_ranks_fwd": [(lengths, "")],
+        "best_rows": [(scores, None, 3, ""), (scores, group_ids, 0, "")],
+        "informative_rows": [(scores, None, 3, ""), (scores, group_ids, 0, "")],
+        "rank_sums": [(lengths, "")],
         "reinforce_pp_fwd": [
             (x["scores"], x["old_logps"], ref, mask, cu, 0.1, 0.9, 3, math.inf, 1e-8, "", backend)
             for ref in (x["ref_logps"], None)
