@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from rpp_kernels.ops.running_mean import RunningMean
 from torch import Tensor
 
 import rpp_kernels as rpp
+from rpp_kernels.ops.running_mean import RunningMean
 from rpp_kernels.recipes import ALGORITHMS, DIALECTS, EXTRAS, Recipe, recipe
 
 Tokens = list[list[float]]  # of each sequence, the valid tokens alone: 4, 2, 3 and 1 of them
