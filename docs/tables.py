@@ -27,8 +27,8 @@ KERNELS = {
     "reinforce_pp_advantages": ["reinforce_pp_fwd", "whiten_out"],
     "policy_loss": ["policy_loss_fwd", "policy_loss_bwd"],
     "value_loss": ["value_loss_fwd"],
-    "dpo_loss": ["dpo_loss_fwd"],
-    "copg_loss": ["copg_loss_fwd"],
+    "dpo_loss": ["dpo_loss_fwd", "preference_loss_bwd"],
+    "copg_loss": ["copg_loss_fwd", "preference_loss_bwd"],
 }
 
 
