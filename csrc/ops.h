@@ -73,5 +73,6 @@ std::tuple<Tensor, Tensor, Tensor> dpo_loss_fwd(Tensor logps, MaybeTensor ref_lo
                                                 bool per_pair);
 std::tuple<Tensor, Tensor, Tensor> copg_loss_fwd(Tensor logps, Tensor ref_logps, Tensor scores, MaybeTensor mask,
                                                  Tensor cu_seqlens, int64_t group_size, double beta, bool per_group);
+Tensor preference_loss_bwd(Tensor each, MaybeTensor mask, Tensor cu_seqlens, int64_t num_tokens);
 
 }  // namespace rpp

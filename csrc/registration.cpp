@@ -83,6 +83,7 @@ STABLE_TORCH_LIBRARY(rpp_kernels_C, m) {
   m.def(
       "copg_loss_fwd(Tensor logps, Tensor ref_logps, Tensor scores, Tensor? mask, Tensor cu_seqlens, int group_size,"
       " float beta, bool per_group) -> (Tensor, Tensor, Tensor)");
+  m.def("preference_loss_bwd(Tensor each, Tensor? mask, Tensor cu_seqlens, int num_tokens) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CompositeExplicitAutograd, m) {
@@ -113,6 +114,7 @@ STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CPU, m) {
   m.impl("rollout_weights_fwd", TORCH_BOX(&rpp::rollout_weights_fwd));
   m.impl("dpo_loss_fwd", TORCH_BOX(&rpp::dpo_loss_fwd));
   m.impl("copg_loss_fwd", TORCH_BOX(&rpp::copg_loss_fwd));
+  m.impl("preference_loss_bwd", TORCH_BOX(&rpp::preference_loss_bwd));
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

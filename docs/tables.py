@@ -41,6 +41,8 @@ KERNELS = {
     "kl_cov_mask": [],
     "dpo_loss": ["dpo_loss_fwd"],
     "copg_loss": ["copg_loss_fwd"],
+    "dpo_loss": ["dpo_loss_fwd", "preference_loss_bwd"],
+    "copg_loss": ["copg_loss_fwd", "preference_loss_bwd"],
 }
 
 

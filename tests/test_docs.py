@@ -45,3 +45,26 @@ def test_the_example_of_the_readme_runs():
     }
     exec(example, names)
     assert names["hidden_states"].grad.isfinite().all()
+
+
+def test_the_examples_of_preference_md_run():
+    import torch
+
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/preference.md").read_text(), flags=re.S)
+    P, S, H, V = 2, 5, 8, 11
+    inside = torch.arange(S) < torch.tensor([5, 3, 4, 5])[:, None]
+    names = {
+        "P": P,
+        "logps": -torch.rand(2 * P, S),
+        "ref_logps": -torch.rand(2 * P, S),
+        "scores": torch.tensor([1.0, -1.0, 0.5, 0.0]),
+        "hidden_states": torch.randn(2 * P, S, H),
+        "target_ids": torch.randint(V, (2 * P, S)),
+    }
+    names |= {f"packed_{k}": names[k][inside] for k in ("logps", "ref_logps", "hidden_states", "target_ids")}
+    names |= {"completion_mask": inside, "cu_seqlens": torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0))}
+    names["lm_head"] = torch.nn.Linear(H, V, bias=False)
+    learned = [names[name].requires_grad_() for name in ("logps", "hidden_states")]
+    for example in examples:
+        exec(example, names)
+    assert all(x.grad.isfinite().all() for x in learned)

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> over_groups(Args& a, const Tensor& logps, con
   a.mask = data_of<bool>(mask, tokens, "completion_mask");
   T* loss_data = per_group ? new_like<T>(logps, {groups}, loss) : new_like<T>(logps, {}, loss);
   a.loss = per_group ? loss_data : nullptr;
-  a.slope = new_like<T>(logps, {tokens}, slope);
+  a.slope = new_like<T>(logps, {batch}, slope);
   a.sums = sums.data();
   parallel_rows(groups, tokens / std::max<int64_t>(groups, 1), kernel);
   double total[kPreferenceSums] = {};
@@ -71,6 +71,21 @@ std::tuple<Tensor, Tensor, Tensor> copg_loss_fwd(Tensor logps, Tensor ref_logps,
     a.valid = valid.data();
     return over_groups<T>(a, logps, ref_logps, mask, cu_seqlens, group_size, per_group, 3,
                           [&](int64_t begin, int64_t end) { RPP_CALL(copg_groups<T>, a, begin, end); });
+  });
+}
+
+Tensor preference_loss_bwd(Tensor each, MaybeTensor mask, Tensor cu_seqlens, int64_t num_tokens) {
+  return for_float_type(each, [&]<class T>(T*) {
+    const int64_t batch = cu_seqlens.numel() - 1;
+    Tensor dlogps;
+    SpreadArgs<T> a{};
+    a.each = data_of<T>(each, batch, "each");
+    a.mask = data_of<bool>(mask, num_tokens, "completion_mask");
+    a.cu_seqlens = sequences_of(cu_seqlens, num_tokens);
+    a.out = new_like<T>(each, {num_tokens}, dlogps);
+    parallel_rows(batch, num_tokens / std::max<int64_t>(batch, 1),
+                  [&](int64_t begin, int64_t end) { RPP_CALL(spread<T>, a, begin, end); });
+    return dlogps;
   });
 }
 

@@ -11,7 +11,7 @@ struct PreferenceArgs {
   const bool* mask;            // may be null
   const int64_t* cu_seqlens;
   T* loss;       // of each group; null where only the sum is wanted
-  T* slope;      // d(loss) / d(logps)
+  T* slope;      // of each sequence: d(loss of its group) / d(logps), the same for all its valid tokens
   double* sums;  // kPreferenceSums for each group: the loss, then the stats in their order
 };
 
@@ -31,6 +31,14 @@ struct CopgArgs : PreferenceArgs<T> {
   double beta;
   double* log_ratios;  // room for one of each sequence
   int64_t* valid;      // likewise
+};
+
+template <class T>
+struct SpreadArgs {
+  const T* each;     // of each sequence
+  const bool* mask;  // may be null
+  const int64_t* cu_seqlens;
+  T* out;  // the same for each of its valid tokens
 };
 
 }  // namespace rpp

@@ -27,7 +27,6 @@ from rpp_kernels.ops.checks import (
     result_dtype,
     sequence_starts,
 )
-from rpp_kernels.ops.policy_loss import slope_bwd
 from rpp_kernels.reference import CoPGLoss, CoPGStats, PreferenceLoss, PreferenceStats
 
 LOSS_TYPES = {  # csrc/formulas.h, enum Pair
@@ -50,7 +49,7 @@ REDUCTIONS = ("mean", "none")
 
 def _shapes(logps: Tensor, cu_seqlens: Tensor, group_size: int, per_group: bool, stats: int) -> tuple[Tensor, ...]:
     loss = logps.new_empty((cu_seqlens.shape[0] - 1) // group_size if per_group else ())
-    return loss, torch.empty_like(logps), logps.new_empty(stats, dtype=torch.float64)
+    return loss, logps.new_empty(cu_seqlens.shape[0] - 1), logps.new_empty(stats, dtype=torch.float64)
 
 
 def _dpo_shapes(logps: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -71,7 +70,8 @@ def dpo_loss_fwd(
     per_pair: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, slope, stats): each pair's loss or their sum, d(loss) / d(logps), sums as in PreferenceStats."""
+    """(loss, slope, stats): each pair's loss or their sum; d(loss) / d(logps), one number for all tokens of a sequence;
+    sums as in PreferenceStats."""
     options = loss_type, beta, label_smoothing, margin, length_normalized, per_pair
     loss, slope, stats = kernels(backend).dpo_loss_fwd(logps, ref_logps, mask, cu_seqlens, *options)
     return loss, slope, stats
@@ -101,29 +101,36 @@ def copg_loss_fwd(
     return loss, slope, stats
 
 
-def _register(op: Callable[..., Any], cu_seqlens_at: int, group_size_at: int | None) -> None:
+@kernel_op(lambda dloss, slope, mask, cu_seqlens, num_tokens, backend: slope.new_empty(num_tokens))
+def preference_loss_bwd(
+    dloss: Tensor, slope: Tensor, mask: Tensor | None, cu_seqlens: Tensor, num_tokens: int, backend: str
+) -> Tensor:
+    """dlogps from the gradient of the sum of all losses, or of the loss of each group."""
+    if dloss.dim():
+        dloss = dloss.repeat_interleave(slope.shape[0] // max(dloss.shape[0], 1))
+    result: Tensor = kernels(backend).preference_loss_bwd(slope * dloss, mask, cu_seqlens, num_tokens)
+    return result
+
+
+def _register(op: Callable[..., Any], mask_at: int) -> None:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.count, per_group = len(inputs), inputs[-2]
-        ctx.group_size = 2 if group_size_at is None else inputs[group_size_at]
-        ctx.save_for_backward(output[1], inputs[cu_seqlens_at] if per_group else None)
+        mask, cu_seqlens = inputs[mask_at : mask_at + 2]
+        ctx.save_for_backward(output[1], mask, cu_seqlens)
+        ctx.num_tokens, ctx.backend, ctx.count = inputs[0].shape[0], inputs[-1], len(inputs)
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        slope, cu_seqlens = ctx.saved_tensors
         others: tuple[None, ...] = (None,) * (ctx.count - 1)
         if dloss is None:
             return None, *others
-        if cu_seqlens is not None:  # a loss of each group, which is that of all its tokens
-            lengths: Tensor = cu_seqlens[:: ctx.group_size].diff()
-            dloss = dloss.repeat_interleave(lengths, output_size=slope.shape[0])
-        dlogps: Tensor = slope_bwd(slope, dloss)
+        dlogps: Tensor = preference_loss_bwd(dloss, *ctx.saved_tensors, ctx.num_tokens, ctx.backend)
         return dlogps, *others
 
     register_gradient(op, backward, setup)
 
 
-_register(dpo_loss_fwd, 3, None)
-_register(copg_loss_fwd, 4, 5)
+_register(dpo_loss_fwd, 2)
+_register(copg_loss_fwd, 3)
 
 
 def dpo_loss(

@@ -265,6 +265,10 @@ def op_cases():
             (*policy, mask, cu, 0, 0.1, 0.2, 0.3, False, False, backend),
             (x["logps"], None, None, cu, 1, 0.1, 0.0, 0.0, True, True, backend),
         ],
+        "preference_loss_bwd": [
+            (torch.rand(()), x["scores"], mask, cu, T, backend),
+            (torch.rand(2), x["scores"], None, cu, T, backend),
+        ],
         "copg_loss_fwd": [
             (*policy, x["scores"], mask, cu, 2, 0.1, False, backend),
             (*policy, x["scores"], None, cu, 4, 0.1, True, backend),

@@ -836,6 +836,16 @@ def test_a_ratio_of_sequences_that_fit_into_chunks_makes_no_logits_again(tokens_
     assert tokens_multiplied == {"logits": 2 * n, "weight": n, "hidden_states": n}
 
 
+@pytest.mark.parametrize(("tokens", "times"), [(26, 1), (3, 2)])
+def test_a_loss_of_groups_that_fit_into_chunks_makes_no_logits_again(tokens, times, tokens_multiplied, device):
+    x = batch(device=device)
+    pair_loss = lambda logps, entropy, rows, cu, _: rpp.dpo_loss(logps, None, cu_seqlens=cu, num_pairs=2).loss  # noqa: E731
+    call = lambda y: linear_loss(rpp, y, pair_loss, group_size=2, chunk_bytes=chunks_of(tokens))  # noqa: E731
+    evaluate(call, x, LEARNED[:3])
+    n = int(x["completion_mask"].sum())
+    assert tokens_multiplied == {"logits": times * n, "weight": n, "hidden_states": n}
+
+
 # Of 9 valid tokens among 12 in chunks of 3: memory for less than a chunk keeps none of them, for a chunk and a bit one.
 @pytest.mark.parametrize(("keep", "kept"), [(0, 0), (2, 0), (3, 3), (5, 3), (6, 6), (9, 9), (100, 9)])
 def test_logits_that_are_kept_are_not_made_again_and_change_nothing(keep, kept, tokens_multiplied, device):

@@ -78,6 +78,15 @@ def call_loss(f, t, **options):
     return f.linear_loss(*arguments, **options)
 
 
+def call_groups(f, t, **options):
+    def loss(logps, entropy, rows, cu_seqlens, sequences):
+        scores = torch.arange(B)[sequences].to(logps)
+        return f.copg_loss(logps, t["old_logps"][rows], scores, cu_seqlens=cu_seqlens, group_size=B).loss
+
+    arguments = t["hidden_states"], t["weight"], t["target_ids"], loss, t["completion_mask"]
+    return f.linear_loss(*arguments, group_size=B, **options)
+
+
 def call_policy(f, t, on_policy=False, packed=False, **options):
     names = "hidden_states", "weight", "target_ids", "old_logps", "advantages", "completion_mask"
     arguments = {k: t[k] for k in names} | options
@@ -166,6 +175,8 @@ CASES |= {
     "logps-keep-all": Case(call_logps, dtype=f64, plan={**MANY, "keep_bytes": 1 << 20}),
     "logps-all-rows": Case(call_logps, dtype=f64, plan={**MANY, "skip_rows": False}),
     "loss-all-rows": Case(call_loss, dtype=f64, plan={**MANY, "skip_rows": False}),
+    "groups": Case(call_groups, dtype=f64),
+    "groups-chunks": Case(call_groups, dtype=f64, plan=MANY),
     "policy-all-rows": Case(call_policy, dtype=f64, plan={**MANY, "skip_rows": False}),
     "logps-invariant": Case(call_logps, dtype=f64, plan={**MANY, "batch_invariant": True}),
     "policy-invariant": Case(call_policy, dtype=f64, plan={**MANY, "batch_invariant": True}),

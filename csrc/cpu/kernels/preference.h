@@ -21,28 +21,20 @@ LogRatio log_ratio(const PreferenceArgs<T>& a, int64_t sequence) {
 }
 
 template <class T>
-void store_slope(const PreferenceArgs<T>& a, int64_t sequence, double slope) {  // the same for all its tokens
-  const Vector<T> each = Vector<T>{} + static_cast<T>(slope);
-  for_each_vector<T>(a.cu_seqlens[sequence], a.cu_seqlens[sequence + 1], [&](int64_t i, int64_t n) {
-    store_tokens(a.slope, i, n, token_mask<T>(a.mask, i, n) ? each : Vector<T>{});
-  });
-}
-
-template <class T>
 void dpo_pairs(const DpoArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const LogRatio w = log_ratio(a, 2 * i), l = log_ratio(a, 2 * i + 1);
     const double w_share = a.length_normalized ? 1.0 / std::max<int64_t>(w.valid, 1) : 1.0;
     const double l_share = a.length_normalized ? 1.0 / std::max<int64_t>(l.valid, 1) : 1.0;
     const double chosen = w.sum * w_share, rejected = l.sum * l_share;
-    const double counted = w.valid + l.valid > 0;
+    const bool counted = w.valid + l.valid > 0;
     PairLoss loss = pair_loss(static_cast<Pair>(a.loss_type), chosen, rejected, a.beta, a.label_smoothing, a.margin);
     loss.value = counted ? loss.value : 0;
     if (a.loss) a.loss[i] = static_cast<T>(loss.value);
-    store_slope(a, 2 * i, loss.dchosen * w_share);
-    store_slope(a, 2 * i + 1, loss.drejected * l_share);
+    a.slope[2 * i] = static_cast<T>(loss.dchosen * w_share);
+    a.slope[2 * i + 1] = static_cast<T>(loss.drejected * l_share);
     const double sums[kPreferenceSums] = {loss.value,
-                                          counted,
+                                          double(counted),
                                           a.beta * chosen,
                                           a.beta * rejected,
                                           a.beta * (chosen - rejected),
@@ -65,11 +57,21 @@ void copg_groups(const CopgArgs<T>& a, int64_t begin, int64_t end) {
     for (int64_t i = group * k; i < (group + 1) * k; ++i) {
       const double h = a.log_ratios[i], r = a.scores[i];
       const double h_gap = h - (sum_h - h) / (k - 1), r_gap = r - (sum_r - r) / (k - 1);
-      store_slope(a, i, a.beta * h_gap - r_gap);
+      a.slope[i] = static_cast<T>(a.beta * h_gap - r_gap);
       if (a.valid[i]) loss += h * (0.5 * a.beta * h_gap - r_gap), sequences += 1, scores += r;
     }
     if (a.loss) a.loss[group] = static_cast<T>(loss);
     const double sums[kPreferenceSums] = {loss, sequences, scores, sum_h};
     std::copy_n(sums, kPreferenceSums, a.sums + group * kPreferenceSums);
+  }
+}
+
+template <class T>
+void spread(const SpreadArgs<T>& a, int64_t first, int64_t last) {
+  for (int64_t sequence = first; sequence < last; ++sequence) {
+    const Vector<T> each = Vector<T>{} + a.each[sequence];
+    for_each_vector<T>(a.cu_seqlens[sequence], a.cu_seqlens[sequence + 1], [&](int64_t i, int64_t n) {
+      store_tokens(a.out, i, n, token_mask<T>(a.mask, i, n) ? each : Vector<T>{});
+    });
   }
 }
