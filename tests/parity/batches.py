@@ -20,6 +20,9 @@ class Batch(dict[str, Tensor]):
         except KeyError as error:
             raise AttributeError(name) from error
 
+    def __repr__(self) -> str:  # pytest prints it where a row disagrees
+        return "Batch(...)"
+
 
 def make(seed: int = 0, dtype: torch.dtype = torch.float32, *, holes: bool = True) -> Batch:
     size, length, vocab, hidden = len(GROUP_IDS), 11, 23, 8
@@ -63,7 +66,7 @@ def make(seed: int = 0, dtype: torch.dtype = torch.float32, *, holes: bool = Tru
     }
     batch["old_values"] = batch["critic"] + 0.3 * normal(*tokens)
     batch = {name: x.to(dtype) for name, x in batch.items()}
-    batch["temperature"] = torch.ones((), dtype=dtype)
+    batch["temperature"] = torch.ones(tokens, dtype=dtype)
     batch["outcome_columns"] = batch["outcomes"][:, None]
     last = torch.where(mask, torch.arange(length), -1).amax(1)  # -1, the last column, where there is no token
     batch["score_rewards"] = torch.zeros(tokens, dtype=dtype)

@@ -22,11 +22,27 @@ class Row:
     ours: Call
     wrt: tuple[str, ...] = ()  # what the result is differentiated by
     exact: float | None = 1e-12  # rtol in float64: 1e-7 where the host has a 1e-8 in a divisor; None: float32 only
+    holes: bool = True  # whether the mask has any
     options: dict[str, Any] = field(default_factory=dict)  # of our call, for bugs to be planted in
 
 
 def row(name: str, host: Call, ours: Call, *, marks: Any = (), **fields: Any) -> Any:
     return pytest.param(Row(host, ours, **fields), id=name, marks=marks)
+
+
+def cases(rows: list[Any]) -> Any:
+    """Each row in each dtype that its host computes in, with three batches."""
+
+    def decorated(test: Any) -> Any:
+        parameters = [
+            pytest.param(*row.values, dtype, id=f"{row.id}-{str(dtype)[6:]}", marks=row.marks)
+            for row in rows
+            for dtype in (torch.float32, torch.float64)
+            if dtype == torch.float32 or row.values[0].exact is not None
+        ]
+        return pytest.mark.parametrize("seed", [0, 1, 2])(pytest.mark.parametrize("row, dtype", parameters)(test))
+
+    return decorated
 
 
 def needs(function: str, *parameters: str) -> Any:

@@ -104,9 +104,8 @@ def verl_advantages(
     algos = module("verl.trainer.ppo.core_algos")
     if group_ids is not None:
         options["index"] = numpy.array([f"prompt {i}" for i in group_ids.tolist()])
-    config = SimpleNamespace(gamma=options.pop("gamma")) if estimator == "reinforce_plus_plus" else None
-    if config is not None:
-        options["config"] = config
+    if estimator == "reinforce_plus_plus":
+        options = {"config": SimpleNamespace(**options)}
     return algos.get_adv_estimator_fn(estimator)(
         token_level_rewards=rewards.clone(), response_mask=completion_mask.to(rewards.dtype), **options
     )
