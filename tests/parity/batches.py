@@ -42,6 +42,7 @@ def make(seed: int = 0, dtype: torch.dtype = torch.float32, *, holes: bool = Tru
     logits = hidden_states @ weight.T + bias
     logps = logits.log_softmax(-1).gather(-1, target_ids[..., None])[..., 0]
     kl = 0.3 * normal(*tokens)
+    far = torch.where(torch.rand(tokens, generator=generator) < 0.2, 4.0, 1.0)  # ratios a dual clip sees
     scores = 2 * normal(size)
     batch = {
         "hidden_states": hidden_states,
@@ -51,7 +52,7 @@ def make(seed: int = 0, dtype: torch.dtype = torch.float32, *, holes: bool = Tru
         "bias": bias,
         "logits": logits,
         "logps": logps,
-        "old_logps": logps + 0.4 * normal(*tokens),
+        "old_logps": logps + 0.4 * far * normal(*tokens),
         "ref_logps": logps + 0.4 * normal(*tokens),
         "sampling_logps": logps + 0.4 * normal(*tokens),
         "entropy": normal(*tokens).abs(),

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ class Row:
     wrt: tuple[str, ...] = ()  # what the result is differentiated by
     exact: float | None = 1e-12  # rtol in float64: 1e-7 where the host has a 1e-8 in a divisor; None: float32 only
     holes: bool = True  # whether the mask has any
-    options: dict[str, Any] = field(default_factory=dict)  # of our call, for bugs to be planted in
+    options: dict[str, Any] | None = None  # of our call, where bugs can be planted in it
 
 
 def row(name: str, host: Call, ours: Call, *, marks: Any = (), **fields: Any) -> Any:
@@ -40,7 +40,7 @@ def cases(rows: list[Any]) -> Any:
             for dtype in (torch.float32, torch.float64)
             if dtype == torch.float32 or row.values[0].exact is not None
         ]
-        return pytest.mark.parametrize("seed", [0, 1, 2])(pytest.mark.parametrize("row, dtype", parameters)(test))
+        return pytest.mark.parametrize("seed", [0, 1, 2])(pytest.mark.parametrize(("row", "dtype"), parameters)(test))
 
     return decorated
 
@@ -83,7 +83,7 @@ def distance(row: Row, batch: Batch) -> float:
     """
     host, ours = (results(call, batch, row.wrt) for call in (row.host, row.ours))
     assert host.keys() == ours.keys()
-    rtol = row.exact if batch.logps.dtype == torch.float64 else 1e-5
+    rtol = row.exact if batch.logps.dtype == torch.float64 else 2e-5
     largest = max(float(x.abs().max()) for x in host.values())
     assert largest > 0, "all zero: nothing is compared"
     distances = [0.0]

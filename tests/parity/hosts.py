@@ -15,9 +15,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import Tensor
-
 from stubs import stubs
+from torch import Tensor
 
 REQUIRED = os.environ.get("RPP_KERNELS_REQUIRE_HOSTS") == "1"
 
@@ -63,9 +62,7 @@ def verl_policy_loss(
     **options: Any,
 ) -> Tensor:
     algos = module("verl.trainer.ppo.core_algos")
-    function = (
-        algos.compute_policy_loss_reinforce if loss_mode == "reinforce" else algos.get_policy_loss_fn(loss_mode)
-    )
+    function = algos.compute_policy_loss_reinforce if loss_mode == "reinforce" else algos.get_policy_loss_fn(loss_mode)
     loss, _ = function(
         old_logps,
         logps,
@@ -112,7 +109,13 @@ def verl_advantages(
 
 
 def verl_rollout_weights(
-    old_logps: Tensor, sampling_logps: Tensor, completion_mask: Tensor, *, level: str, threshold: float | str, **options: Any
+    old_logps: Tensor,
+    sampling_logps: Tensor,
+    completion_mask: Tensor,
+    *,
+    level: str,
+    threshold: float | str,
+    **options: Any,
 ) -> Tensor:
     weights, _ = module("verl.trainer.ppo.rollout_corr_helper").compute_rollout_correction_weights(
         old_logps - sampling_logps, completion_mask.to(old_logps.dtype), level, threshold, **options
@@ -434,9 +437,7 @@ def trl_dpo_loss(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Sequences 2i and 2i + 1 are a pair; TRL has all chosen ones before all rejected ones."""
-    logps, ref_logps, completion_mask = (
-        torch.cat([x[0::2], x[1::2]]) for x in (logps, ref_logps, completion_mask)
-    )
+    logps, ref_logps, completion_mask = (torch.cat([x[0::2], x[1::2]]) for x in (logps, ref_logps, completion_mask))
     trainer = trl_trainer(
         "DPOTrainer",
         model=SimpleNamespace(training=True),

@@ -25,9 +25,7 @@ def verl(estimator, **options):
 
 def group(**options):
     """`group_advantages` of the batch's own groups, of one to four sequences."""
-    return lambda b, **changes: columns(
-        rpp.group_advantages(b.scores, group_ids=b.group_ids, **options | changes), b
-    )
+    return lambda b, **changes: columns(rpp.group_advantages(b.scores, group_ids=b.group_ids, **options | changes), b)
 
 
 def whitened_returns(batch, **changes):
@@ -36,9 +34,7 @@ def whitened_returns(batch, **changes):
 
 
 def whitened_gae(batch, **changes):
-    advantages, returns = rpp.gae(
-        batch.rewards, batch.old_values, batch.completion_mask, gamma=0.97, gae_lambda=0.9
-    )
+    advantages, returns = rpp.gae(batch.rewards, batch.old_values, batch.completion_mask, gamma=0.97, gae_lambda=0.9)
     return rpp.whiten(advantages, batch.completion_mask, **VERL_WHITEN | changes), returns
 
 
@@ -144,9 +140,7 @@ def clipped_returns(batch, advantages, **options):
 
 def grouped(**group_options):
     def ours(batch):
-        returns = clipped_returns(
-            batch, rpp.group_advantages(batch.scores, group_size=GROUP_SIZE, **group_options)
-        )
+        returns = clipped_returns(batch, rpp.group_advantages(batch.scores, group_size=GROUP_SIZE, **group_options))
         return returns, returns
 
     return ours
@@ -256,7 +250,7 @@ TRL = [
                 b.scores, group_size=GROUP_SIZE, std=std, eps=1e-4, **changes
             ),
             exact=EPS,  # Bessel's correction is float32 always
-            options={} if std == "none" else {"unbiased": True},
+            options=None if std == "none" else {"unbiased": True},
         )
         for std in ("group", "batch", "none")
     ],

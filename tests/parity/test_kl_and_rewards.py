@@ -1,7 +1,6 @@
 """KL estimators in value and gradient, rewards for each token, and the penalty on long completions."""
 
 import hosts
-import torch
 from batches import make
 from compare import cases, distance, needs, row
 
@@ -83,9 +82,7 @@ REWARDS = [
         lambda b: hosts.openrlhf_overlong_penalty(
             b.completion_mask.sum(1), max_completion_length=9, buffer_length=4, scale=0.5
         ),
-        lambda b: rpp.overlong_penalty(
-            b.completion_mask.sum(1), max_completion_length=9, buffer_length=4, scale=0.5
-        ),
+        lambda b: rpp.overlong_penalty(b.completion_mask.sum(1), max_completion_length=9, buffer_length=4, scale=0.5),
         exact=None,
         holes=False,
         marks=needs("overlong_penalty"),
@@ -109,4 +106,6 @@ def test_the_host_has_the_same(row, dtype, seed):
 def test_the_clamps_of_kl_are_reached():
     batch = make()
     d = 40 * (batch.logps - batch.ref_logps)[batch.completion_mask]
-    assert (d < -20).any() and (d > 20).any() and (d.abs() < 1).any(), torch.sort(d)
+    assert d.min() < -20
+    assert d.max() > 20
+    assert d.abs().min() < 1

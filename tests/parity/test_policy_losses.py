@@ -5,7 +5,7 @@ import math
 import hosts
 import pytest
 import torch
-from batches import make
+from batches import GROUP_IDS, make
 from compare import cases, distance, needs, row
 
 import rpp_kernels as rpp
@@ -31,7 +31,9 @@ def policy(name, host, *, exact=1e-12, old="old_logps", advantages="advantages",
     def ours(batch, **changes):
         return rpp.policy_loss(*tensors(batch, old, advantages), **(filled(options, batch) | changes)).loss
 
-    newer = [name for name in ("surrogate",) if old is None or options.get("importance_sampling_level") == "sequence-token"]
+    newer = [
+        name for name in ("surrogate",) if old is None or options.get("importance_sampling_level") == "sequence-token"
+    ]
     marks = [needs("policy_loss", *options, *newer), *also]
     return row(name, host, ours, wrt=wrt, exact=exact, marks=marks, options=options)
 
@@ -111,9 +113,7 @@ VERL = [
         )
         for reduction, ours, exact in VERL_REDUCTIONS
     ],
-    policy(
-        "verl vanilla token-sum", verl("vanilla", reduction="token-sum"), dual_clip=3.0, num_items_in_batch=1.0
-    ),
+    policy("verl vanilla token-sum", verl("vanilla", reduction="token-sum"), dual_clip=3.0, num_items_in_batch=1.0),
     policy(
         "verl vanilla over ranks",
         verl("vanilla", batch_info={"dp_size": 2, "batch_num_tokens": 150}),
@@ -196,13 +196,18 @@ VERL = [
             "bypass_mode",
             old="sampling_logps",
             policy_loss={
-                "rollout_correction": {"loss_type": "ppo_clip", "rollout_rs": "token_k1", "rollout_rs_threshold": "0.7_1.5"}
+                "rollout_correction": {
+                    "loss_type": "ppo_clip",
+                    "rollout_rs": "token_k1",
+                    "rollout_rs_threshold": "0.7_1.5",
+                }
             },
         ),
-        old="sampling_logps",
-        dual_clip=3.0,
+        old="sampling_logps",  # its dual clip at 3 is beyond what is rejected
         weights=lambda b: kept(b.logps, b.sampling_logps, b.completion_mask, "token", 1 / 1.5, 1 / 0.7),
-        num_items_in_batch=lambda b: kept(b.logps, b.sampling_logps, b.completion_mask, "token", 1 / 1.5, 1 / 0.7).sum(),
+        num_items_in_batch=lambda b: kept(
+            b.logps, b.sampling_logps, b.completion_mask, "token", 1 / 1.5, 1 / 0.7
+        ).sum(),
         also=[needs("rollout_weights")],
     ),
     policy(
@@ -232,7 +237,10 @@ VERL = [
         "verl vanilla, KL and entropy in the loss",
         lambda b: (
             hosts.verl_policy_loss("vanilla", *tensors(b))
-            + 0.1 * hosts.verl_agg_loss(hosts.verl_kl_penalty(b.logps, b.ref_logps, "low_var_kl"), b.completion_mask, "token-mean")
+            + 0.1
+            * hosts.verl_agg_loss(
+                hosts.verl_kl_penalty(b.logps, b.ref_logps, "low_var_kl"), b.completion_mask, "token-mean"
+            )
             - 0.05 * hosts.verl_agg_loss(b.entropy, b.completion_mask, "token-mean")
         ),
         dual_clip=3.0,
@@ -248,7 +256,10 @@ VERL = [
         "verl vanilla, k3+ in the loss",
         lambda b: (
             hosts.verl_policy_loss("vanilla", *tensors(b), reduction="seq-mean-token-mean")
-            + 0.1 * hosts.verl_agg_loss(hosts.verl_kl_penalty(b.logps, b.ref_logps, "k3+"), b.completion_mask, "seq-mean-token-mean")
+            + 0.1
+            * hosts.verl_agg_loss(
+                hosts.verl_kl_penalty(b.logps, b.ref_logps, "k3+"), b.completion_mask, "seq-mean-token-mean"
+            )
         ),
         dual_clip=3.0,
         ref_logps=lambda b: b.ref_logps,
@@ -264,9 +275,11 @@ VERL = [
 
 def kept(old_logps, sampling_logps, mask, level, low, high):
     """1 where a token's weight is kept; from `rollout_weights`, whose kept weights are not 0."""
-    return rpp.rollout_weights(
-        old_logps.detach(), sampling_logps, mask, level=level, outside="mask", low=low, high=high
-    ).ne(0).to(old_logps)
+    return (
+        rpp.rollout_weights(old_logps.detach(), sampling_logps, mask, level=level, outside="mask", low=low, high=high)
+        .ne(0)
+        .to(old_logps)
+    )
 
 
 def correction(level, mode, low, high):
@@ -354,6 +367,7 @@ OPENRLHF = [
     ],
 ]
 
+RLOO = {"epsilon_low": 0.2, "epsilon_high": 0.28, "num_items_in_batch": len(GROUP_IDS)}
 TRL = [
     policy(
         "trl grpo",
@@ -421,7 +435,7 @@ TRL = [
         tau_negative=1.05,
         reduction="seq-mean-token-mean",
         num_items_in_batch=sequences,
-        exact=EPS,  # its temperatures are float32 always
+        exact=1e-6,  # its temperatures are float32 always
     ),
     policy("trl delta", trl("bnpo", delta=1.5), dual_clip=1.5),
     policy(
@@ -484,14 +498,16 @@ TRL = [
     row(
         "trl rloo",  # one ratio for each sequence, of the sums: a batch of single tokens
         lambda b: hosts.trl_rloo_loss(*tensors(b, advantages="outcomes"), epsilon_high=0.28),
-        lambda b, **changes: rpp.policy_loss(
-            torch.where(b.completion_mask, b.logps, 0.0).sum(1, keepdim=True),
-            torch.where(b.completion_mask, b.old_logps, 0.0).sum(1, keepdim=True),
-            b.outcomes[:, None],
-            **{"epsilon_low": 0.2, "epsilon_high": 0.28} | changes,
-        ).loss,
+        lambda b, **changes: (
+            rpp.policy_loss(
+                torch.where(b.completion_mask, b.logps, 0.0).sum(1, keepdim=True),
+                torch.where(b.completion_mask, b.old_logps, 0.0).sum(1, keepdim=True),
+                b.outcomes[:, None],
+                **RLOO | changes,
+            ).loss
+        ),
         wrt=LOGPS,
-        options={"epsilon_low": 0.2, "epsilon_high": 0.28},
+        options=RLOO,
     ),
 ]
 
@@ -561,38 +577,46 @@ LIGER = [
     liger("dapo weights", liger_grpo("dapo", weights=lambda b: b.entropy), weights=lambda b: b.entropy),
 ]
 
+
+def value(name, host, *, exact=EPS, **options):
+    def ours(batch, **changes):
+        arguments = batch.critic, batch.old_values, batch.returns, batch.completion_mask
+        return rpp.value_loss(*arguments, **options | changes).loss
+
+    return row(name, host, ours, wrt=("critic",), exact=exact, options=options)
+
+
 VALUE = [
-    row(
-        f"verl value {reduction}",
-        lambda b, reduction=reduction: hosts.verl_value_loss(
-            b.critic, b.old_values, b.returns, b.completion_mask, epsilon=0.2, reduction=reduction
-        ),
-        lambda b, reduction=reduction, ours=ours: rpp.value_loss(
-            b.critic, b.old_values, b.returns, b.completion_mask, epsilon=0.2, reduction=reduction, **ours
-        ).loss,
-        wrt=("critic",),
-        exact=exact,
-    )
-    for reduction, ours, exact in VERL_REDUCTIONS
-] + [
-    row(
-        f"openrlhf value {epsilon} {reduction}",
-        lambda b, epsilon=epsilon, reduction=reduction: hosts.openrlhf_value_loss(
-            b.critic,
-            b.old_values,
-            b.returns,
-            b.completion_mask,
+    *[
+        value(
+            f"verl value {reduction}",
+            lambda b, reduction=reduction: hosts.verl_value_loss(
+                b.critic, b.old_values, b.returns, b.completion_mask, epsilon=0.2, reduction=reduction
+            ),
+            epsilon=0.2,
+            reduction=reduction,
+            exact=exact,
+            **ours,
+        )
+        for reduction, ours, exact in VERL_REDUCTIONS
+    ],
+    *[
+        value(
+            f"openrlhf value {epsilon} {reduction}",
+            lambda b, epsilon=epsilon, reduction=reduction: hosts.openrlhf_value_loss(
+                b.critic,
+                b.old_values,
+                b.returns,
+                b.completion_mask,
+                epsilon=epsilon,
+                token_level_loss=reduction == "token-mean",
+            ),
             epsilon=epsilon,
-            token_level_loss=reduction == "token-mean",
-        ),
-        lambda b, epsilon=epsilon, reduction=reduction: rpp.value_loss(
-            b.critic, b.old_values, b.returns, b.completion_mask, epsilon=epsilon, reduction=reduction
-        ).loss,
-        wrt=("critic",),
-        exact=EPS,
-    )
-    for epsilon in (0.2, None)
-    for reduction in ("token-mean", "seq-mean-token-mean")
+            reduction=reduction,
+        )
+        for epsilon in (0.2, None)
+        for reduction in ("token-mean", "seq-mean-token-mean")
+    ],
 ]
 
 POLICY = [*VERL, *OPENRLHF, *TRL]

@@ -1,7 +1,6 @@
 """Losses of pairs of completions: DPO and its relatives, in value and in gradient."""
 
 import hosts
-import pytest
 from batches import make
 from compare import cases, distance, needs, row
 
@@ -13,18 +12,17 @@ SMOOTHED = ("robust", "exo_pair")
 
 
 def ours(loss_type, **options):
-    return lambda b: rpp.dpo_loss(
-        b.logps, b.ref_logps, b.completion_mask, beta=BETA, loss_type=loss_type, **options
-    ).loss
+    return lambda b, beta=BETA: (
+        rpp.dpo_loss(b.logps, b.ref_logps, b.completion_mask, beta=beta, loss_type=loss_type, **options).loss
+    )
 
 
 def ours_from_hidden_states(loss_type, **options):
-    def call(b):
-        logps = rpp.linear_logps(b.hidden_states, b.weight, b.target_ids, b.completion_mask).logps
-        ref_logps = rpp.linear_logps(b.ref_hidden_states, b.ref_weight, b.target_ids, b.completion_mask).logps
-        return rpp.dpo_loss(
-            logps, ref_logps, b.completion_mask, beta=BETA, loss_type=loss_type, **options
-        ).loss
+    def call(b, beta=BETA):
+        mask = b.completion_mask
+        logps = rpp.linear_logps(b.hidden_states, b.weight, b.target_ids, mask, temperature=b.temperature).logps
+        ref_logps = rpp.linear_logps(b.ref_hidden_states, b.ref_weight, b.target_ids, mask).logps
+        return rpp.dpo_loss(logps, ref_logps, mask, beta=beta, loss_type=loss_type, **options).loss
 
     return call
 
@@ -56,7 +54,7 @@ def smoothing(loss_type):
 
 
 MARKS = needs("dpo_loss")
-LOGPS = {"wrt": ("logps",), "marks": MARKS}
+LOGPS = {"wrt": ("logps",), "marks": MARKS, "options": {"beta": BETA}}
 ROWS = [
     row("openrlhf sigmoid", openrlhf(), ours("sigmoid"), **LOGPS),
     row("openrlhf smoothed", openrlhf(label_smoothing=0.1), ours("sigmoid", label_smoothing=0.1), **LOGPS),
@@ -74,16 +72,12 @@ ROWS = [
             ours_from_hidden_states(name, **smoothing(name)),
             wrt=("hidden_states", "weight"),
             exact=None,
+            options={"beta": BETA},
             marks=MARKS,
         )
         for name in LOSSES
     ],
 ]
-
-
-def known(row):
-    """Rows of the losses we have."""
-    return row
 
 
 @cases(ROWS)
