@@ -8,8 +8,10 @@ import rpp_kernels as rpp
 
 
 def ours(level, outside, **bounds):
-    return lambda b: rpp.rollout_weights(
-        b.old_logps, b.sampling_logps, b.completion_mask, level=level, outside=outside, **bounds
+    return lambda b: (
+        rpp.rollout_weights(
+            b.old_logps, b.sampling_logps, b.completion_mask, level=level, outside=outside, **bounds
+        ).weights
     )
 
 

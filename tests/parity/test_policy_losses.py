@@ -274,12 +274,11 @@ VERL = [
 
 
 def kept(old_logps, sampling_logps, mask, level, low, high):
-    """1 where a token's weight is kept; from `rollout_weights`, whose kept weights are not 0."""
-    return (
-        rpp.rollout_weights(old_logps.detach(), sampling_logps, mask, level=level, outside="mask", low=low, high=high)
-        .ne(0)
-        .to(old_logps)
+    """1 where `rollout_weights` keeps the token's weight, which is then above 0."""
+    weights, _ = rpp.rollout_weights(
+        old_logps.detach(), sampling_logps, mask, level=level, outside="mask", low=low, high=high
     )
+    return weights.ne(0).to(weights)
 
 
 def correction(level, mode, low, high):
@@ -292,8 +291,18 @@ def correction(level, mode, low, high):
 
 
 def rollout(level, outside, low, high):
-    return lambda b: rpp.rollout_weights(
-        b.old_logps, b.sampling_logps, b.completion_mask, level=level, outside=outside, low=low, high=high
+    return lambda b: (
+        rpp.rollout_weights(
+            b.old_logps, b.sampling_logps, b.completion_mask, level=level, outside=outside, low=low, high=high
+        ).weights
+    )
+
+
+def sequence_masked(low, high):
+    """Each token's own weight where the geometric mean of its sequence is within bounds."""
+    return lambda b: (
+        rollout("token", "truncate", 0.0, math.inf)(b)
+        * kept(b.old_logps, b.sampling_logps, b.completion_mask, "geometric", low, high)
     )
 
 
@@ -347,7 +356,7 @@ OPENRLHF = [
     policy(
         "openrlhf seq-mask-tis",
         openrlhf(**correction("seq", "mask", 0.9, 1.1)),
-        weights=rollout("geometric", "mask", 0.9, 1.1),
+        weights=sequence_masked(0.9, 1.1),
         also=[needs("rollout_weights")],
     ),
     *[

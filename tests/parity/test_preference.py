@@ -7,7 +7,7 @@ from compare import cases, distance, needs, row
 import rpp_kernels as rpp
 
 BETA = 0.3
-LOSSES = ("sigmoid", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
+LOSSES = ("sigmoid", "hinge", "robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop")
 SMOOTHED = ("robust", "exo_pair")
 
 
