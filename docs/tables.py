@@ -39,8 +39,6 @@ KERNELS = {
     "top_entropy_mask": [],
     "clip_cov_weights": [],
     "kl_cov_mask": [],
-    "dpo_loss": ["dpo_loss_fwd"],
-    "copg_loss": ["copg_loss_fwd"],
     "dpo_loss": ["dpo_loss_fwd", "preference_loss_bwd"],
     "copg_loss": ["copg_loss_fwd", "preference_loss_bwd"],
 }
@@ -145,9 +143,6 @@ TABLES = {
         "dialects": dialects_table,
     },
 }
-        cells = cells if kernels else ["not needed"] * 2  # PyTorch's own functions on a few numbers
-        lines.append(f"| `{name}` | {what} | yes | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def with_table(text: str, name: str, table: str) -> str:

@@ -1295,6 +1295,126 @@ def test_a_packed_batch_of_empty_sequences_has_no_tokens_and_no_nan(op):
     assert all((y == 0).all() for y in outputs)
 
 
+# ---------------------------------------------------------------- golden values: groups, holes and totals
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # (1, 2, 6) of lengths 1, 2, 3: (1 + 4 + 18) / 6 = 3.833333; (0, 0, 3) of lengths 1, 0, 2: (0 + 6) / 3 = 2
+        ({"baseline": "length-weighted"}, [-2.833333, -1.833333, 2.166667, -2, -2, 1]),
+        # over the unbiased std of the group, 2.645751 and 1.732051
+        (
+            {"baseline": "length-weighted", "std": "group"},
+            [-1.070899, -0.692935, 0.818923, -1.154700, -1.154700, 0.577350],
+        ),
+        # The others of 1 are (2, 6): mean 4, std sqrt 8; of 2 (1, 6): 3.5, sqrt 12.5; of 6 (1, 2): 1.5, sqrt 0.5.
+        # Those of a 0 are (0, 3): 1.5, sqrt 4.5; those of 3 are (0, 0), which do not divide.
+        (
+            {"baseline": "leave-one-out", "std": "leave-one-out"},
+            [-1.060660, -0.424264, 6.363952, -0.707106, -0.707106, 3],
+        ),
+        # Their population std is 2, 2.5, 0.5 and 1.5, to which 0.5 is added.
+        (
+            {"baseline": "leave-one-out", "std": "leave-one-out", "unbiased": False, "eps": 0.5},
+            [-1.2, -0.5, 4.5, -0.75, -0.75, 3],
+        ),
+        # From the group's mean: -2, -1, 3, -1, -1, 2
+        ({"std": "leave-one-out", "unbiased": False, "eps": 0.5}, [-0.8, -0.333333, 3, -0.5, -0.5, 2]),
+    ],
+)
+def test_group_advantages_by_length_and_by_the_others_golden(options, expected):
+    lengths, order = torch.tensor([1, 2, 3, 1, 0, 2]), torch.tensor([3, 0, 1, 4, 2, 5])
+    weigh = options.get("baseline") == "length-weighted"
+    function = partial(reference.group_advantages, **options)
+    out = function(f32(GROUPED), group_size=3, lengths=lengths if weigh else None)
+    assert_golden(out, f32(expected))
+    group_ids = torch.tensor([9, 9, 9, -4, -4, -4])[order]
+    out = function(f32(GROUPED)[order], group_ids=group_ids, lengths=lengths[order] if weigh else None)
+    assert_golden(out, f32(expected)[order])
+
+
+def test_lengths_that_are_equal_weigh_as_none_do():
+    scores = randn(12)
+    weighted = reference.group_advantages(
+        scores, group_size=4, baseline="length-weighted", lengths=torch.full((12,), 7)
+    )
+    assert_close(weighted, reference.group_advantages(scores, group_size=4))
+
+
+def test_a_length_weighted_baseline_has_no_sum_over_tokens_left():
+    # sum_i l_i (s_i - b) = 0: the gradient's mean over tokens has none of the prompt's offset in it
+    scores, lengths = randn(12), torch.arange(12) % 5
+    advantages = reference.group_advantages(scores, group_size=4, baseline="length-weighted", lengths=lengths)
+    assert_close((lengths * advantages).view(3, 4).sum(1), torch.zeros(3).double())
+
+
+def test_the_best_and_the_informative_golden():
+    scores = f32([1, 6, 6, 2, 2, 2, 5])
+    group_ids = torch.tensor([8, 8, 8, -1, -1, -1, 0])
+    assert reference.best_of_group(scores, group_ids=group_ids).tolist() == [0, 1, 0, 1, 0, 0, 1]
+    assert reference.informative_groups(scores, group_ids=group_ids).tolist() == [True] * 3 + [False] * 4
+    assert reference.best_of_group(scores[:6], group_size=2).tolist() == [0, 1, 1, 0, 1, 0]
+    assert reference.informative_groups(scores[:6], group_size=2).tolist() == [True, True, True, True, False, False]
+
+
+def test_returns_over_a_hole_golden():
+    rewards, mask = f32([[1, 99, 2, 4]]), bools([[1, 0, 1, 1]])
+    returns = partial(reference.returns, rewards, mask, gamma=0.5)
+    assert_golden(returns(gap="reset"), f32([[1, 0, 4, 4]]))  # 4; 2 + 4 / 2; 0; 1 + 0
+    assert_golden(returns(gap="step"), f32([[2, 0, 4, 4]]))  # 4; 2 + 4 / 2; 0 + 4 / 2 = 2; 1 + 2 / 2
+
+
+def test_gae_that_steps_over_a_hole_golden():
+    # gamma lambda = 1/4. t = 3: delta 3 - 1.5; t = 2: 2 + 0.75 - 1 + 1.5 / 4 = 2.125; in the hole 0 + 1 / 2 - 0
+    # + 2.125 / 4 = 1.03125; t = 0: 1 + 0 - 0.5 + 1.03125 / 4 = 0.7578125
+    rewards, values, mask = f32([[1, 99, 2, 3, 99]]), f32([[0.5, 99, 1, 1.5, 99]]), bools([[1, 0, 1, 1, 0]])
+    out = reference.gae(rewards, values, mask, gamma=0.5, gae_lambda=0.5, gap="step")
+    assert_golden(out.advantages, f32([[0.7578125, 0, 2.125, 1.5, 0]]))
+    assert_golden(out.returns, f32([[1.2578125, 0, 3.125, 3.0, 0]]))
+
+
+def test_to_step_over_a_hole_is_to_be_paid_nothing_there(batch):
+    rewards, values = (torch.where(batch.mask, batch.tensors[k], 0.0) for k in ("rewards", "values"))
+    returns = reference.returns(batch.tensors["rewards"], batch.mask, gamma=0.9, gap="step")
+    assert_close(returns, torch.where(batch.mask, reference.returns(rewards, gamma=0.9), 0.0))
+    options = {"gamma": 0.9, "gae_lambda": 0.8}
+    out = reference.gae(batch.tensors["rewards"], batch.tensors["values"], batch.mask, gap="step", **options)
+    unmasked = reference.gae(rewards, values, **options)
+    assert_close(out.advantages, torch.where(batch.mask, unmasked.advantages, 0.0))
+
+
+def test_to_reset_at_a_hole_is_to_be_two_sequences():
+    rewards, mask = randn(1, 7), bools([[1, 1, 0, 1, 0, 0, 1]])
+    apart = [reference.returns(rewards[:, a:b], gamma=0.9) for a, b in ((0, 2), (3, 4), (6, 7))]
+    reset = reference.returns(rewards, mask, gamma=0.9, gap="reset")
+    assert_close(reset[mask], torch.cat(apart, 1)[0])
+
+
+def test_holes_are_all_alike_where_there_are_none(batch):
+    rewards, mask = batch.tensors["rewards"], torch.arange(5) < torch.tensor([[5], [2], [0], [1]])
+    returns = [reference.returns(rewards, mask, gamma=0.9, gap=gap) for gap in ("carry", "reset", "step")]
+    assert_close(returns[1], returns[0], rtol=0, atol=0)
+    assert_close(returns[2], returns[0], rtol=0, atol=0)
+
+
+def test_num_items_in_batch_golden():
+    mask = bools([1, 1, 1], [0, 0, 0], [1, 0, 1])
+    for reduction, count in zip(REDUCTIONS, (5, 2, 2, 2), strict=True):
+        for items in (
+            reference.num_items_in_batch(mask, reduction),
+            reference.num_items_in_batch(mask.flatten(), reduction, cu_seqlens=torch.tensor([0, 3, 3, 6, 9])),
+        ):
+            assert (items.item(), items.dtype, items.shape) == (count, torch.float64, ())
+        assert reference.num_items_in_batch(mask & False, reduction).item() == 1  # a loss of 0 over it is 0
+
+
+def test_the_sums_of_one_process_are_its_own():
+    logps = randn(2, 3)
+    stats = reference.policy_loss(logps, logps, logps).stats
+    assert_close(reference.sum_over_ranks(stats, None), stats, rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------- golden values: weights and choices of tokens
 
 # old_logps - sampling_logps: ln 2, -ln 2, ln 3, of sum ln 3 and mean ln 3 / 3; and ln 2 twice, a hole between them.
@@ -1364,7 +1484,6 @@ def test_top_entropy_mask_interpolates_between_unequal_neighbours():
 # Advantages of mean 0 and log-probs of mean -3, but for what is masked: their products are 6, 0, 0, 2.
 COV = {"logps": f32([-1, -3, math.nan], [-3, -5, 0]), "advantages": f32([3, -1, 9], [-1, -1, math.nan])}
 COV_MASK = bools([1, 1, 0], [1, 1, 0])
-# ---------------------------------------------------------------- golden values: groups, holes and totals
 
 
 @pytest.mark.parametrize(
@@ -1496,115 +1615,3 @@ def test_copg_loss_of_three_golden():
     assert_golden(call().loss, torch.tensor(-1.0))
     assert_golden(call(reduction="none").loss, torch.tensor([-3.0]))
     assert_golden(call(num_items_in_batch=6).loss, torch.tensor(-0.5))
-        # (1, 2, 6) of lengths 1, 2, 3: (1 + 4 + 18) / 6 = 3.833333; (0, 0, 3) of lengths 1, 0, 2: (0 + 6) / 3 = 2
-        ({"baseline": "length-weighted"}, [-2.833333, -1.833333, 2.166667, -2, -2, 1]),
-        # over the unbiased std of the group, 2.645751 and 1.732051
-        (
-            {"baseline": "length-weighted", "std": "group"},
-            [-1.070899, -0.692935, 0.818923, -1.154700, -1.154700, 0.577350],
-        ),
-        # The others of 1 are (2, 6): mean 4, std sqrt 8; of 2 (1, 6): 3.5, sqrt 12.5; of 6 (1, 2): 1.5, sqrt 0.5.
-        # Those of a 0 are (0, 3): 1.5, sqrt 4.5; those of 3 are (0, 0), which do not divide.
-        (
-            {"baseline": "leave-one-out", "std": "leave-one-out"},
-            [-1.060660, -0.424264, 6.363952, -0.707106, -0.707106, 3],
-        ),
-        # Their population std is 2, 2.5, 0.5 and 1.5, to which 0.5 is added.
-        (
-            {"baseline": "leave-one-out", "std": "leave-one-out", "unbiased": False, "eps": 0.5},
-            [-1.2, -0.5, 4.5, -0.75, -0.75, 3],
-        ),
-        # From the group's mean: -2, -1, 3, -1, -1, 2
-        ({"std": "leave-one-out", "unbiased": False, "eps": 0.5}, [-0.8, -0.333333, 3, -0.5, -0.5, 2]),
-    ],
-)
-def test_group_advantages_by_length_and_by_the_others_golden(options, expected):
-    lengths, order = torch.tensor([1, 2, 3, 1, 0, 2]), torch.tensor([3, 0, 1, 4, 2, 5])
-    weigh = options.get("baseline") == "length-weighted"
-    function = partial(reference.group_advantages, **options)
-    out = function(f32(GROUPED), group_size=3, lengths=lengths if weigh else None)
-    assert_golden(out, f32(expected))
-    group_ids = torch.tensor([9, 9, 9, -4, -4, -4])[order]
-    out = function(f32(GROUPED)[order], group_ids=group_ids, lengths=lengths[order] if weigh else None)
-    assert_golden(out, f32(expected)[order])
-
-
-def test_lengths_that_are_equal_weigh_as_none_do():
-    scores = randn(12)
-    weighted = reference.group_advantages(
-        scores, group_size=4, baseline="length-weighted", lengths=torch.full((12,), 7)
-    )
-    assert_close(weighted, reference.group_advantages(scores, group_size=4))
-
-
-def test_a_length_weighted_baseline_has_no_sum_over_tokens_left():
-    # sum_i l_i (s_i - b) = 0: the gradient's mean over tokens has none of the prompt's offset in it
-    scores, lengths = randn(12), torch.arange(12) % 5
-    advantages = reference.group_advantages(scores, group_size=4, baseline="length-weighted", lengths=lengths)
-    assert_close((lengths * advantages).view(3, 4).sum(1), torch.zeros(3).double())
-
-
-def test_the_best_and_the_informative_golden():
-    scores = f32([1, 6, 6, 2, 2, 2, 5])
-    group_ids = torch.tensor([8, 8, 8, -1, -1, -1, 0])
-    assert reference.best_of_group(scores, group_ids=group_ids).tolist() == [0, 1, 0, 1, 0, 0, 1]
-    assert reference.informative_groups(scores, group_ids=group_ids).tolist() == [True] * 3 + [False] * 4
-    assert reference.best_of_group(scores[:6], group_size=2).tolist() == [0, 1, 1, 0, 1, 0]
-    assert reference.informative_groups(scores[:6], group_size=2).tolist() == [True, True, True, True, False, False]
-
-
-def test_returns_over_a_hole_golden():
-    rewards, mask = f32([[1, 99, 2, 4]]), bools([[1, 0, 1, 1]])
-    returns = partial(reference.returns, rewards, mask, gamma=0.5)
-    assert_golden(returns(gap="reset"), f32([[1, 0, 4, 4]]))  # 4; 2 + 4 / 2; 0; 1 + 0
-    assert_golden(returns(gap="step"), f32([[2, 0, 4, 4]]))  # 4; 2 + 4 / 2; 0 + 4 / 2 = 2; 1 + 2 / 2
-
-
-def test_gae_that_steps_over_a_hole_golden():
-    # gamma lambda = 1/4. t = 3: delta 3 - 1.5; t = 2: 2 + 0.75 - 1 + 1.5 / 4 = 2.125; in the hole 0 + 1 / 2 - 0
-    # + 2.125 / 4 = 1.03125; t = 0: 1 + 0 - 0.5 + 1.03125 / 4 = 0.7578125
-    rewards, values, mask = f32([[1, 99, 2, 3, 99]]), f32([[0.5, 99, 1, 1.5, 99]]), bools([[1, 0, 1, 1, 0]])
-    out = reference.gae(rewards, values, mask, gamma=0.5, gae_lambda=0.5, gap="step")
-    assert_golden(out.advantages, f32([[0.7578125, 0, 2.125, 1.5, 0]]))
-    assert_golden(out.returns, f32([[1.2578125, 0, 3.125, 3.0, 0]]))
-
-
-def test_to_step_over_a_hole_is_to_be_paid_nothing_there(batch):
-    rewards, values = (torch.where(batch.mask, batch.tensors[k], 0.0) for k in ("rewards", "values"))
-    returns = reference.returns(batch.tensors["rewards"], batch.mask, gamma=0.9, gap="step")
-    assert_close(returns, torch.where(batch.mask, reference.returns(rewards, gamma=0.9), 0.0))
-    options = {"gamma": 0.9, "gae_lambda": 0.8}
-    out = reference.gae(batch.tensors["rewards"], batch.tensors["values"], batch.mask, gap="step", **options)
-    unmasked = reference.gae(rewards, values, **options)
-    assert_close(out.advantages, torch.where(batch.mask, unmasked.advantages, 0.0))
-
-
-def test_to_reset_at_a_hole_is_to_be_two_sequences():
-    rewards, mask = randn(1, 7), bools([[1, 1, 0, 1, 0, 0, 1]])
-    apart = [reference.returns(rewards[:, a:b], gamma=0.9) for a, b in ((0, 2), (3, 4), (6, 7))]
-    reset = reference.returns(rewards, mask, gamma=0.9, gap="reset")
-    assert_close(reset[mask], torch.cat(apart, 1)[0])
-
-
-def test_holes_are_all_alike_where_there_are_none(batch):
-    rewards, mask = batch.tensors["rewards"], torch.arange(5) < torch.tensor([[5], [2], [0], [1]])
-    returns = [reference.returns(rewards, mask, gamma=0.9, gap=gap) for gap in ("carry", "reset", "step")]
-    assert_close(returns[1], returns[0], rtol=0, atol=0)
-    assert_close(returns[2], returns[0], rtol=0, atol=0)
-
-
-def test_num_items_in_batch_golden():
-    mask = bools([1, 1, 1], [0, 0, 0], [1, 0, 1])
-    for reduction, count in zip(REDUCTIONS, (5, 2, 2, 2), strict=True):
-        for items in (
-            reference.num_items_in_batch(mask, reduction),
-            reference.num_items_in_batch(mask.flatten(), reduction, cu_seqlens=torch.tensor([0, 3, 3, 6, 9])),
-        ):
-            assert (items.item(), items.dtype, items.shape) == (count, torch.float64, ())
-        assert reference.num_items_in_batch(mask & False, reduction).item() == 1  # a loss of 0 over it is 0
-
-
-def test_the_sums_of_one_process_are_its_own():
-    logps = randn(2, 3)
-    stats = reference.policy_loss(logps, logps, logps).stats
-    assert_close(reference.sum_over_ranks(stats, None), stats, rtol=0, atol=0)

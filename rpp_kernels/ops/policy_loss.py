@@ -275,7 +275,7 @@ def policy_loss(
         "sequence"        exp(mean D), one for each sequence, through which every token's loss moves every token of it
                           (GSPO, 2507.18071 eq. 7)
         "sequence-sum"    exp(sum D), the same of the whole completion: what importance sampling is of (RLOO in TRL)
-        "sequence-token"  the number of "sequence", but each token's loss moves that token alone (GSPO-token, ibid. eq. 14)
+        "sequence-token"  that of "sequence", but each token's loss moves that token alone (GSPO-token, ibid. eq. 14)
 
     Args:
         logps: of the policy that learns. The loss is differentiable in them and in `entropy`, and in nothing else.

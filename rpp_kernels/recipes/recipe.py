@@ -299,7 +299,7 @@ class Recipe:
             entropy: for an entropy bonus, which is differentiated, and for "top-entropy".
             sampling_logps: of the engine that generated the rollout, for its correction.
             max_completion_length: for the reduction "seq-mean-token-sum-norm".
-            generator: for the random choice of "clip-cov", which like that of "kl-cov" is among the tokens of this call.
+            generator: for the choice of "clip-cov", which like that of "kl-cov" is among the tokens of this call.
             process_group: for "top-entropy", whose quantile is that of all its ranks.
             the others: as in `policy_loss`. Tensors that the recipe has no use for are left alone.
 
