@@ -189,8 +189,9 @@ class Config:
         self._want_divisor("train_batch_size", "rollout_batch_size")
         if self.micro_batch_size:
             self._want_divisor("micro_batch_size", "train_batch_size")
-        if self.algorithm.baseline in ("mean", "leave-one-out", "length-weighted"):
-            self._want("group_size", self.group_size > 1, f"more than 1 with baseline = {self.algorithm.baseline!r}")
+        baseline = self.algorithm.baseline
+        if baseline in ("mean", "leave-one-out", "length-weighted"):
+            self._want("group_size", self.group_size > 1, f"more than 1 with baseline = {baseline!r}")
         if bool(self.prompts) != bool(self.reward):
             missing = "reward" if self.prompts else "prompts"
             raise ConfigError(f"{missing}: is empty, wanted with --{'prompts' if self.prompts else 'reward'}")

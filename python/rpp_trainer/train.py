@@ -156,10 +156,11 @@ def update_policy(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch
     optimizer.zero_grad()
 
     total = functools.reduce(operator.add, stats)  # sums over tokens: they add, and are divided once
+    num_tokens = total.num_tokens.clamp(min=1)  # a recipe may leave out every sequence of a batch
     return {
         "loss": sum(losses).item(),
         "grad_norm": grad_norm.item(),
-        "clip_fraction": ((total.clipped_low + total.clipped_high) / total.num_tokens).item(),
-        "ratio": (total.ratio / total.num_tokens).item(),
-        "approx_kl": (total.approx_kl / total.num_tokens).item(),
+        "clip_fraction": ((total.clipped_low + total.clipped_high) / num_tokens).item(),
+        "ratio": (total.ratio / num_tokens).item(),
+        "approx_kl": (total.approx_kl / num_tokens).item(),
     }

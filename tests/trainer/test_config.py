@@ -6,7 +6,7 @@ from rpp_trainer.config import Config, ConfigError, config_from, parse_config, t
 
 
 def test_round_trip_through_toml(tmp_path: Path) -> None:
-    config = Config(name='a "b" \\ é', learning_rate=1e-5, reward_clip=float("inf"), reward_zscore=True, steps=7)
+    config = Config(name='a "b" \\ é', learning_rate=1e-5, reward_clip=float("inf"), extras=("dual_clip",), steps=7)
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config), encoding="utf-8")
     assert parse_config(["--config", str(file)]) == config
@@ -20,8 +20,15 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 
 def test_defaults_are_those_of_table_1() -> None:
     config = Config()
-    assert (config.beta, config.gamma, config.epsilon_low, config.epsilon_high) == (0.01, 1.0, 0.2, 0.2)
+    recipe = config.algorithm
+    assert (recipe.name, recipe.beta, recipe.gamma, recipe.reduction) == ("reinforce_pp", 0.01, 1.0, "token-mean")
+    assert recipe.loss_options["surrogate"] == "clip"  # whose own epsilons are 0.2
     assert (config.group_size, config.rollout_batch_size, config.train_batch_size) == (4, 256, 128)
+
+
+def test_what_is_set_changes_the_recipe() -> None:
+    recipe = Config(recipe="grpo", dialect="trl", extras=("dual_clip",), beta=0.1, reward_clip=5.0).algorithm
+    assert (recipe.beta, recipe.dual_clip, recipe.std_eps, recipe.reward_clip) == (0.1, 3.0, 1e-4, (-5.0, 5.0))
 
 
 def test_an_integer_will_do_for_a_float() -> None:
@@ -58,7 +65,12 @@ def test_missing_file_is_named() -> None:
         ({"steps": 1.5}, "steps: is 1.5, wanted a number"),
         ({"logps_from": "logit"}, "logps_from: is 'logit', wanted one of"),
         ({"prompts": "x.jsonl"}, "reward: is empty, wanted with --prompts"),
-        ({"baseline": "group", "group_size": 1}, "group_size: is 1, wanted more than 1"),
+        ({"baseline": "mean", "group_size": 1}, "group_size: is 1, wanted more than 1"),
+        ({"recipe": "ppo"}, "recipe: is 'ppo', wanted one of"),
+        ({"recipe": "raft", "dialect": "verl"}, "the dialect 'verl'"),
+        ({"extras": ["duall_clip"]}, "did you mean 'dual_clip'"),
+        ({"extras": "dual_clip"}, "extras: is 'dual_clip', wanted a list of texts"),
+        ({"beta": "much"}, "beta: is 'much', wanted a number"),
     ],
 )
 def test_bad_values_name_the_argument(values: dict[str, object], message: str) -> None:
