@@ -25,7 +25,7 @@ KERNELS = {
     "whiten": ["moments", "whiten_out", "whiten_bwd"],
     "group_advantages": ["group_advantages_fwd", "group_advantages_bwd"],
     "reinforce_pp_advantages": ["reinforce_pp_fwd", "whiten_out"],
-    "policy_loss": ["policy_loss_fwd", "policy_loss_bwd"],
+    "policy_loss": ["policy_loss_fwd"],
     "value_loss": ["value_loss_fwd"],
 }
 
