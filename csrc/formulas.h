@@ -238,7 +238,7 @@ template <class F>
 struct SurrogateLoss {
   F loss;
   F ratio_slope = F{}, logp_slope = F{};  // d(loss) / d(log of the ratio), and d(loss) / d(logp) beside that
-  Mask<F> clipped_low = Mask<F>{}, clipped_high = Mask<F>{}, dual_clipped = Mask<F>{};
+  Mask<F> clipped_low = Mask<F>{}, clipped_high = Mask<F>{}, dual_clipped = Mask<F>{};  // not where the advantage is 0
 };
 
 template <class F>

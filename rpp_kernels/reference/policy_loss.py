@@ -17,7 +17,7 @@ class PolicyStats(NamedTuple):
     They add: `a + b`, or `sum(list)`, is what one call over all the batches had given, so micro-batches and ranks sum
     theirs before anyone divides. `clipped_low`: advantage < 0 and ratio < 1 - epsilon_low; `clipped_high`:
     advantage > 0 and ratio > 1 + epsilon_high; `dual_clipped`: advantage < 0 and ratio > dual_clip. Of "gmpo" the first
-    two compare the token's log-ratio with -epsilon_low and epsilon_high, of "cispo" they are for advantages of any
+    two compare the token's log-ratio with -epsilon_low and epsilon_high, of "cispo" they are for advantages of either
     sign; a surrogate that does not clip leaves them 0. `ratio`: that of the level, before any clipping; `approx_kl`:
     old_logps - logps; `kl`: the KL estimates, before beta and bias correction, 0 without ref_logps.
     """
@@ -79,7 +79,7 @@ class PolicyTokens(NamedTuple):
 
 class SurrogateLoss(NamedTuple):
     loss: Tensor
-    clipped_low: Tensor | None = None
+    clipped_low: Tensor | None = None  # nowhere where the advantage is 0, as it is where masked
     clipped_high: Tensor | None = None
     dual_clipped: Tensor | None = None
 
@@ -99,8 +99,9 @@ def _reinforce(x: PolicyTokens) -> SurrogateLoss:
 
 
 def _cispo(x: PolicyTokens, epsilon_low: float = 1.0, epsilon_high: float = 4.0) -> SurrogateLoss:
-    low, high = 1 - epsilon_low, 1 + epsilon_high
-    return SurrogateLoss(-x.ratio.detach().clamp(low, high) * x.advantages * x.logps, x.ratio < low, x.ratio > high)
+    ratio, low, high, counts = x.ratio.detach(), 1 - epsilon_low, 1 + epsilon_high, x.advantages != 0
+    loss = -ratio.clamp(low, high) * x.advantages * x.logps
+    return SurrogateLoss(loss, counts & (ratio < low), counts & (ratio > high))
 
 
 def _sapo(x: PolicyTokens, tau_positive: float = 1.0, tau_negative: float = 1.05) -> SurrogateLoss:
@@ -226,7 +227,7 @@ def policy_loss(
     if entropy is not None:
         loss = loss - entropy_coef * tokens(entropy)
     loss = select(loss, mask)
-    low, high, dual = (torch.zeros_like(mask) if x is None else mask & x for x in clipped)
+    low, high, dual = (torch.zeros_like(mask) if x is None else x for x in clipped)
     stats = PolicyStats(
         num_tokens=mask.sum().double(),
         num_sequences=mask.any(1).sum().double(),

@@ -59,7 +59,8 @@ def _linear_loss(f, x, mask, _, entropy=0.1):
     return f.linear_loss(x["hidden_states"], x["weight"], x["target_ids"], token_loss, mask, bias=x["bias"])
 
 
-def _linear_policy(f, x, mask, cu_seqlens, reduction="token-mean", **options):
+def _linear_policy(f, x, mask, cu_seqlens, reduction="token-mean", extras=(), **options):
+    options |= {name: x[EXTRAS[name]] for name in extras}
     return f.linear_policy_loss(
         x["hidden_states"],
         x["weight"],
@@ -100,11 +101,16 @@ def _reinforce_pp(f, x, mask, cu_seqlens, ref="ref_logps", **options):
     return f.reinforce_pp_advantages(x["scores"], x["old_logps"], ref_logps, mask, cu_seqlens=cu_seqlens, **options)
 
 
-def _policy(f, x, mask, cu_seqlens, advantages="advantages", reduction="token-mean", **options):
+def _policy(f, x, mask, cu_seqlens, advantages="advantages", reduction="token-mean", extras=(), **options):
     worth = x[advantages][:, None] if advantages in PER_SEQUENCE else x[advantages]
+    options |= {name: x[EXTRAS[name]] for name in extras}
     if reduction == "seq-mean-token-sum-norm":
         options["max_completion_length"] = 9
     return f.policy_loss(x["logps"], x["old_logps"], worth, mask, reduction=reduction, cu_seqlens=cu_seqlens, **options)
+
+
+def _on_policy(f, x, mask, cu_seqlens):
+    return f.policy_loss(x["logps"], None, x["advantages"], mask, cu_seqlens=cu_seqlens)
 
 
 def _value(f, x, mask, cu_seqlens, reduction="token-mean", **options):
@@ -177,6 +183,29 @@ def _linear_pairs(f, x, mask, cu_seqlens):
 
 
 LEVEL = {"importance_sampling_level": "sequence"}
+LEVELS = ("token", "sequence", "sequence-token")
+# Tensors that policy_loss takes by keyword, and what a batch has for them.
+EXTRAS = {"weights": "temperature", "ref_logps": "ref_logps", "entropy": "kl"}
+SURROGATES = {
+    "clip": LEVELS,
+    "reinforce": LEVELS,
+    "cispo": LEVELS,
+    "sapo": LEVELS,
+    "gmpo": ("sequence",),
+}
+# Options that every surrogate but the default one is tried with: some tokens on either side of each bound.
+BOUNDS = {
+    "cispo": {"epsilon_low": 0.1, "epsilon_high": 0.2},
+    "sapo": {"tau_positive": 0.8, "tau_negative": 2.0},
+    "gmpo": {"epsilon_low": 0.1, "epsilon_high": 0.2},
+}
+GRPO = {"extras": ("ref_logps",), "beta": 0.3}
+EVERYTHING = {
+    "extras": ("weights", "ref_logps", "entropy"),
+    "beta": 0.3,
+    "kl_bias_correction": True,
+    "entropy_coef": 0.1,
+}
 CALLS = {
     "logps_from_logits": Call(_logps, ("logits",)),
     "logps_from_logits logps": Call(partial(_logps, fields=("logps",)), ("logits",)),
@@ -193,6 +222,18 @@ CALLS = {
     "linear_policy_loss sequence": Call(
         partial(_linear_policy, reduction="seq-mean-token-sum", **LEVEL), ("hidden_states", "weight", "bias")
     ),
+    **{
+        f"linear_policy_loss with everything, {name} {level}": Call(
+            partial(
+                _linear_policy,
+                surrogate=name,
+                importance_sampling_level=level,
+                **EVERYTHING | {"extras": ("weights", "ref_logps"), "log_ratio_clamp": 2.0},
+            ),
+            ("hidden_states", "weight", "bias"),
+        )
+        for name, level in (("cispo", "token"), ("gmpo", "sequence"), ("clip", "sequence-token"))
+    },
     **{f"kl_penalty {k}": Call(partial(_kl, estimator=k), ("logps", "ref_logps")) for k in ESTIMATORS},
     "kl_penalty clamped": Call(partial(_kl, estimator="k2", kl_clamp=0.02), ("logps", "ref_logps")),
     "kl_penalty k3 with the gradient of k2": Call(
@@ -227,6 +268,33 @@ CALLS = {
     "policy_loss of an advantage for each sequence": Call(
         partial(_policy, advantages="scores", num_items_in_batch=7), ("logps",)
     ),
+    **{
+        f"policy_loss {name} {level}": Call(
+            partial(_policy, surrogate=name, importance_sampling_level=level, **BOUNDS.get(name, {})), ("logps",)
+        )
+        for name, levels in SURROGATES.items()
+        for level in levels
+        if (name, level) not in (("clip", "token"), ("clip", "sequence"))  # above, in every reduction
+    },
+    **{f"policy_loss with {k}": Call(partial(_policy, kl_estimator=k, **GRPO), ("logps",)) for k in ESTIMATORS},
+    "policy_loss with k3 and the gradient of k2": Call(
+        partial(_policy, kl_gradient="k2", kl_clamp=0.02, **GRPO), ("logps",)
+    ),
+    "policy_loss with a constant KL": Call(partial(_policy, kl_gradient="none", **GRPO), ("logps",)),
+    "policy_loss with a clamped KL": Call(partial(_policy, kl_clamp=0.02, **GRPO), ("logps",)),
+    "policy_loss with weights": Call(partial(_policy, extras=("weights",)), ("logps",)),
+    "policy_loss with entropy": Call(
+        partial(_policy, extras=("entropy",), entropy_coef=0.1, reduction="seq-mean-token-mean"), ("logps", "kl")
+    ),
+    **{
+        f"policy_loss with everything, {name} {level} {r}": Call(
+            partial(_policy, surrogate=name, importance_sampling_level=level, reduction=r, **EVERYTHING),
+            ("logps", "kl"),
+        )
+        for name, level in (("clip", "token"), ("gmpo", "sequence"), ("sapo", "sequence"), ("clip", "sequence-token"))
+        for r in ("seq-mean-token-mean", "none")
+    },
+    "policy_loss on policy": Call(_on_policy, ("logps",)),
     **{f"value_loss {r}": Call(partial(_value, reduction=r), ("values",)) for r in REDUCTIONS},
     "value_loss unclipped": Call(partial(_value, epsilon=None), ("values",)),
     **{
@@ -259,6 +327,20 @@ CALLS = {
 
 # Those that have a gradient: the others choose or weigh, and their results are constants.
 DIFFERENTIABLE = {name: call for name, call in CALLS.items() if call.differentiable}
+# Their value is not what their gradient differentiates, by design: what they stop the gradient of moves the value.
+STRAIGHT_THROUGH = (
+    "kl_penalty k3 with the gradient of k2",
+    "policy_loss cispo",
+    "policy_loss with k3 and the gradient of k2",
+    "policy_loss with a constant KL",
+    "policy_loss on policy",
+    "linear_policy_loss with everything, cispo",
+)
+
+
+def is_straight_through(name: str) -> bool:
+    return name.startswith(STRAIGHT_THROUGH) or ("sequence-token" in name and "reinforce" not in name)
+
 
 # One row for each public function with a mask: for checks that cost seconds.
 ONE_OF_EACH = {
@@ -275,6 +357,7 @@ ONE_OF_EACH = {
         "reinforce_pp_advantages k3",
         "policy_loss token-mean",
         "policy_loss sequence none",
+        "policy_loss with everything, gmpo sequence none",
         "value_loss token-mean",
         "rollout_weights token mask",
         "rollout_weights sequence truncate",

@@ -197,9 +197,13 @@ def op_cases():
         linear = torch.ops.rpp_kernels.linear_logps_fwd(*plain, 8, False)[1:5]
         _, moments = torch.ops.rpp_kernels.whiten_fwd(advantages, mask, True, False, 1e-8, 0, "", backend)
     policy = x["logps"], x["old_logps"]
-    clips = 0.2, 0.2, math.inf, 20.0
     lengths = torch.arange(12).double()
     group, others = (3, 0, 1, True, 1e-6, False), (0, 2, 3, True, 1e-6, True)
+    ratio = 0.2, 0.2, math.inf, 0.0, 20.0, 0.0, math.inf, 0.0  # PolicyNumbers
+    more = 0.4, 0.4, 0.0, 0.0, 20.0, 0.1, 1.0, 0.1
+    modes = 0, 0, 3, 3, 0, 0, 0, 0  # PolicyModes
+    sequence_modes, each_modes = (4, 1, 3, 2, 1, 0, 1, 0), (4, 1, 3, 2, 1, 1, 0, 1)
+    extras = x["ref_logps"].exp(), x["ref_logps"]
     group_ids = torch.tensor([0, 1, 0, 2, 1, 1, 0, 3, 3, 0, 0, 0])
     scores = torch.randn(12)
     whitening = True, False, 1e-8, 0
@@ -215,8 +219,8 @@ def op_cases():
             (*adapted, *linear, rows, rows, None, every),
         ],
         "linear_policy_loss_with_gradients": [
-            (*plain, x["old_logps"], advantages, cu, None, 1.0, True, clips, False, False, every),
-            (*adapted, None, advantages, cu, rows.sum().double(), 3.0, False, clips, True, True, nothing),
+            (*plain, x["old_logps"], advantages, cu, None, None, None, 1.0, True, ratio, modes, every),
+            (*adapted, None, advantages, cu, *extras, rows.sum().double(), 3.0, False, more, sequence_modes, nothing),
         ],
         "kl_fwd": [(*policy, mask, 3, 2, 20.0, 1.0, backend), (*policy, None, 1, 1, 20.0, math.inf, backend)],
         "kl_bwd": [(rows, *policy, mask, 3, 20.0, 1.0, backend)],
@@ -247,12 +251,12 @@ def op_cases():
             for ref in (x["ref_logps"], None)
         ],
         "policy_loss_fwd": [
-            (*policy, advantages, False, mask, cu, *clips, False, False, False, backend),
-            (*policy, x["scores"], True, mask, cu, *clips, True, True, True, backend),
+            (*policy, advantages, mask, cu, None, None, None, ratio, modes, backend),
+            (*policy, x["scores"], mask, cu, *extras, x["kl"], more, each_modes, backend),
         ],
         "linear_logps_frozen_bwd": [(torch.randn(len(rows), 3), rows, torch.randn(len(rows), 3).bfloat16())],
         "slope_bwd": [(rows, rows + 1), (rows, torch.ones(()))],
-        "policy_loss_bwd": [(rows, rows + 1, mask, cu, backend)],
+        "policy_loss_bwd": [(rows, *policy, advantages, mask, cu, *extras, more, sequence_modes, backend)],
         "value_loss_fwd": [
             (x["values"], x["old_values"], x["returns"], mask, cu, 0.2, False, per_token, backend)
             for per_token in (False, True)
@@ -283,8 +287,13 @@ def registered_ops():
 
 def differentiable(name, arguments):
     """The arguments with what a forward op is differentiated in requiring grad; constants are refused above the op."""
-    losses = "policy_loss_fwd", "value_loss_fwd", "dpo_loss_fwd", "copg_loss_fwd"
-    constants = (1, 2) if name in losses else (0, 1) if name == "rollout_weights_fwd" else ()
+    constants = {
+        "policy_loss_fwd": (1, 2, 5, 6),
+        "value_loss_fwd": (1, 2),
+        "rollout_weights_fwd": (0, 1),
+        "dpo_loss_fwd": (1,),
+        "copg_loss_fwd": (1, 2),
+    }.get(name, ())
     temperature = {"logps_fwd": 4, "linear_logps_fwd": 7}.get(name)
 
     def prepare(i, x):

@@ -5,7 +5,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from calls import CALLS, DIFFERENTIABLE, LENGTHS, MASK, ONE_OF_EACH, is_per_token, to_device
+from calls import CALLS, DIFFERENTIABLE, LENGTHS, MASK, ONE_OF_EACH, is_per_token, is_straight_through, to_device
 from hypothesis import HealthCheck, given, settings
 from strategies import Batch, packed, poisoned, ragged_batches, random_batch
 
@@ -72,17 +72,19 @@ WALKING = ("returns", "gae", "reinforce_pp")
 def test_value_and_gradient_of_long_sequences_are_those_of_the_spec(name, device):
     lengths = (1030, 1, 0, 33) if name.startswith(WALKING) else (4500, 1, 0, 1025, 4099, 33)
     batch, call = long_batch(*lengths, device=device), CALLS[name]
-    assert_close_to_reference(call.on(batch), batch.tensors, call.differentiable)
+    # A mean of losses of both signs may be near 0: half a unit in the last place of one token's loss.
+    atol = {"atol": 6e-8} if name.startswith("policy_loss") else {}
+    assert_close_to_reference(call.on(batch), batch.tensors, call.differentiable, **atol)
 
 
-@every_gradient
 @pytest.mark.kernels
 @both_layouts
-def test_gradcheck(call, layout, device):
-    mask = torch.tensor([[1, 0, 1], [1, 1, 0]], device=device).bool()
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradcheck(name, layout, device):
+    if is_straight_through(name):
+        pytest.skip("a straight-through gradient is not the derivative of the value, by design")
+    call, mask = CALLS[name], torch.tensor([[1, 0, 1], [1, 1, 0]], device=device).bool()
     batch = to_device(layout(random_batch(mask.cpu(), torch.tensor([3, 2]), vocab=3, seed=3)), device)
-    if call is CALLS["kl_penalty k3 with the gradient of k2"]:
-        pytest.skip("a straight-through estimator is not the derivative of its value, by design")
 
     def function(*inputs):
         x = {**batch.tensors, **dict(zip(call.differentiable, inputs, strict=True))}

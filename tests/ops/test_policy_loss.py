@@ -137,7 +137,7 @@ def test_stats_are_sums_over_valid_tokens(backend, device):
     advantages = f32([1, -1, -1], [1, -1, 99], [99, 99, 99], device=device)
     mask = f32([1, 1, 1], [1, 1, 0], [0, 0, 0], device=device).bool()
     stats = rpp.policy_loss(ratios.log(), torch.zeros_like(ratios), advantages, mask, dual_clip=3.0).stats
-    expected = rpp.PolicyStats(5.0, 2.0, 1.0, 1.0, 1.0, 8.5, -math.log(3))
+    expected = rpp.PolicyStats(5.0, 2.0, 1.0, 1.0, 1.0, 8.5, -math.log(3), 0.0)
     assert [x.item() for x in stats] == pytest.approx(list(expected), rel=1e-6)
     assert {(x.dtype, x.dim(), x.device.type, x.requires_grad) for x in stats} == {(torch.float64, 0, device, False)}
 

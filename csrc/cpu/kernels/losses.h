@@ -67,7 +67,8 @@ __attribute__((noinline)) void kl_block(const PolicyArgs<T>& a, int64_t begin, i
 }
 
 // The slope of a token has a part of its own, and at Level::sequence a share of what moves the ratio of all tokens.
-template <Surrogate surrogate, class T>
+// `extras`: there are weights, a KL, an entropy or a dloss.
+template <Surrogate surrogate, bool extras, class T>
 RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
   using V = Vector<T>;
   const int64_t begin = a.cu_seqlens[sequence], end = a.cu_seqlens[sequence + 1];
@@ -82,8 +83,8 @@ RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
   KlBlock<T> kl_of;
   for (int64_t start = begin; start < end; start += sum.kBlock) {
     const int64_t stop = std::min(start + sum.kBlock, end);
-    if (a.ref_logps) kl_block(a, start, stop, kl_of);
-    for_each_vector<T>(start, stop, [&](int64_t i, int64_t n) {
+    if (extras && a.ref_logps) kl_block(a, start, stop, kl_of);
+    for_each_vector<T>(start, stop, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       const auto x = load_policy(a, sequence, i, n);
       const auto at = [&](const T* p) { return x.mask ? load_tokens(p, i, n) : zero; };
       const Ratio<V> ratio = ratio_of(of_token ? x.log_ratio : V{} + mean.plain, most);
@@ -91,33 +92,40 @@ RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
       if constexpr (surrogate == Surrogate::gmpo) of_surrogate = ratio_of(V{} + mean.surrogate, most);
       const auto s =
           surrogate_loss<surrogate>(PolicyToken<V>{x.logp, x.advantage, x.log_ratio, of_surrogate, length}, options);
-      V loss = s.loss, own = s.logp_slope, through = of_surrogate.clamped ? zero : s.ratio_slope, through_kl = zero;
-      if (a.weights) {
-        const V weight = at(a.weights);
-        loss *= weight, own *= weight, through *= weight;
+      V loss = s.loss, slope = s.logp_slope, through = of_surrogate.clamped ? zero : s.ratio_slope, through_kl = zero;
+      V weight = V{} + sequence_weight;
+      if constexpr (extras) {
+        if (a.weights) {
+          const V w = at(a.weights);
+          loss *= w, slope *= w, through *= w;
+        }
+        if (a.ref_logps) {
+          const V kl = load(kl_of.value + (i - start)), kl_slope = load(kl_of.slope + (i - start));
+          const V factor = a.kl_bias_correction ? beta * ratio.value : beta;
+          loss += kl * factor, slope += kl_slope * factor;
+          if (a.kl_bias_correction) through_kl = ratio.clamped ? zero : kl * factor;
+          sum.lane[6] += kl;
+        }
+        if (a.entropy) {
+          loss -= at(a.entropy) * a.entropy_coef;
+          store_tokens(a.entropy_slope, i, n, x.mask ? zero - a.entropy_coef * sequence_weight : zero);
+        }
+        if (a.dloss) weight *= at(a.dloss);
       }
-      if (a.ref_logps) {
-        const V kl = load(kl_of.value + (i - start)), slope = load(kl_of.slope + (i - start));
-        const V factor = a.kl_bias_correction ? beta * ratio.value : beta;
-        loss += kl * factor, own += slope * factor;
-        if (a.kl_bias_correction) through_kl = ratio.clamped ? zero : kl * factor;
-        sum.lane[6] += kl;
+      if (shared) {
+        sum.lane[7] += x.mask ? through * weight : zero;
+        if constexpr (extras) sum.lane[8] += x.mask ? through_kl * weight : zero;
+      } else {
+        slope += through;
+        if constexpr (extras) slope += through_kl;
       }
-      if (a.entropy) {
-        loss -= at(a.entropy) * a.entropy_coef;
-        store_tokens(a.entropy_slope, i, n, x.mask ? zero - a.entropy_coef * sequence_weight : zero);
-      }
-      const V weight = a.dloss ? at(a.dloss) * sequence_weight : V{} + sequence_weight;
-      through *= weight, through_kl *= weight, own *= weight;
-      if (shared) sum.lane[7] += x.mask ? through : zero, sum.lane[8] += x.mask ? through_kl : zero;
-      else own += through + through_kl;
       loss = x.mask ? loss : zero;
-      store_tokens(a.slope, i, n, x.mask ? own : zero);
+      store_tokens(a.slope, i, n, x.mask ? slope * weight : zero);
       if (a.loss) store_tokens(a.loss, i, n, loss);
       sum.lane[0] += loss;
-      sum.lane[1] += x.mask & s.clipped_low ? one : zero;
-      sum.lane[2] += x.mask & s.clipped_high ? one : zero;
-      sum.lane[3] += x.mask & s.dual_clipped ? one : zero;
+      sum.lane[1] += s.clipped_low ? one : zero;
+      sum.lane[2] += s.clipped_high ? one : zero;
+      sum.lane[3] += s.dual_clipped ? one : zero;
       sum.lane[4] += x.mask ? ratio.value : zero;
       sum.lane[5] -= x.log_ratio;
     });
@@ -146,7 +154,10 @@ RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
 
 template <Surrogate surrogate, class T>
 void policy_sequences(const PolicyArgs<T>& a, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) policy_sequence<surrogate>(a, i);
+  const bool extras = a.weights || a.ref_logps || a.entropy || a.dloss;
+  for (int64_t i = begin; i < end; ++i)
+    if (extras) policy_sequence<surrogate, true>(a, i);
+    else policy_sequence<surrogate, false>(a, i);
 }
 
 template <class T>
