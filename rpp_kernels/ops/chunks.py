@@ -126,8 +126,8 @@ class Chunks:
         self._begun = False
 
     def widen(self, lengths: Sequence[int]) -> None:
-        """Larger chunks for what is to lie in one, of these lengths, unless someone has said how large they are. To leave
-        the best size costs a few percent; logits that are made again are a fourth product beside three."""
+        """Larger chunks for what is to lie in one, of these lengths, unless someone has said how large they are. That
+        costs a few percent of the best size's speed; logits that are made again are a fourth product beside three."""
         if self.head.hidden_states.device.type == "cpu" and not self.plan.chunk_bytes and not self.plan.batch_invariant:
             most = _CPU_MOST_BYTES // (self.widest * self.dtype.itemsize)
             self.tokens = self.gradient_tokens = max(self.tokens, *(n for n in lengths if n <= most), 0)
