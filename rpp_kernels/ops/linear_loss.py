@@ -121,11 +121,7 @@ def _group_starts(target_ids: Tensor, cu_seqlens: Tensor | None, group_size: int
     """Where the sequences start that a loss may couple."""
     if group_size is None:
         if cu_seqlens is not None:
-            fail(
-                "cu_seqlens",
-                "None without group_size: a loss of single tokens knows no sequences",
-                describe(cu_seqlens),
-            )
+            fail("cu_seqlens", "None without group_size, which a loss of sequences has", describe(cu_seqlens))
         return None
     check_integer("group_size", group_size, "an integer from 1, or None", 1)
     starts = sequence_starts(target_ids, "target_ids", cu_seqlens)
@@ -142,6 +138,7 @@ class _Groups:
         self.starts = cu_seqlens if mask is None else torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens]
         among_rows = self.starts if chunks.mask is None else cu_seqlens
         self.group_size, self.ends = group_size, among_rows[group_size::group_size].tolist()
+        chunks.widen(among_rows[::group_size].diff().tolist())
         self.units = whole_sequences(among_rows[::group_size], chunks.tokens)
 
     def at(self, unit: slice) -> tuple[Tensor, slice]:
@@ -204,8 +201,9 @@ def linear_loss(
         group_size: None, or how many consecutive sequences the loss may couple: 1 for the tokens of each sequence, 2
             for pairs. `token_loss` is then called for whole groups, with their valid tokens only, and gets two
             arguments more: `cu_seqlens` of these tokens, which are packed, and a slice that indexes what belongs to
-            sequences, `scores[sequences]`. It returns (n,) or the 0-dim sum. A group that is longer than a chunk has
-            its logits made again, for one product more.
+            sequences, `scores[sequences]`. It returns (n,) or the 0-dim sum. On CPU the default chunk is as large as
+            the longest group that takes at most 256 MiB; a group that is longer than a chunk has its logits made again,
+            for one product more.
         cu_seqlens: with `group_size`, int32 or int64, where sequences start among packed tokens; without it they are
             the rows of a padded batch.
         the others: as in `linear_logps`.
@@ -271,7 +269,8 @@ def linear_loss(
     with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
         chunks = Chunks(detached(head), needs)
         groups = None if starts is None or group_size is None else _Groups(chunks, starts, group_size)
-        logps, entropy = over_units(chunks, groups.units if groups else chunks.split(chunks.rows), slopes_of)
+        units = chunks.split(chunks.rows) if groups is None else groups.units
+        logps, entropy = over_units(chunks, units, slopes_of)
         gradients = chunks.gradients(scaled=False)
     loss = with_gradients(total.to(chunks.dtype), head, gradients)
     return LinearLoss(loss, logps.view(shape), entropy.view(shape))

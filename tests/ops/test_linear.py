@@ -846,6 +846,17 @@ def test_a_loss_of_groups_that_fit_into_chunks_makes_no_logits_again(tokens, tim
     assert tokens_multiplied == {"logits": times * n, "weight": n, "hidden_states": n}
 
 
+@pytest.mark.parametrize(("most", "times"), [(26, 1), (13, 2)])
+def test_chunks_grow_to_the_longest_group_that_memory_has_room_for(most, times, tokens_multiplied, device, monkeypatch):
+    for name, value in {"_CPU_TOKENS": 3, "_CPU_LEAST_BYTES": 0, "_CPU_MOST_BYTES": chunks_of(most)}.items():
+        monkeypatch.setattr(chunks, name, value)
+    x = batch(device=device)
+    x["completion_mask"] = torch.arange(4, device=device)[:, None].expand(4, 13) < 2  # a pair of 26 tokens
+    pair_loss = lambda logps, *_: logps.sum().square()  # noqa: E731
+    evaluate(lambda y: linear_loss(rpp, y, pair_loss, group_size=2), x, LEARNED[:3])
+    assert tokens_multiplied == {"logits": times * 26, "weight": 26, "hidden_states": 26}
+
+
 # Of 9 valid tokens among 12 in chunks of 3: memory for less than a chunk keeps none of them, for a chunk and a bit one.
 @pytest.mark.parametrize(("keep", "kept"), [(0, 0), (2, 0), (3, 3), (5, 3), (6, 6), (9, 9), (100, 9)])
 def test_logits_that_are_kept_are_not_made_again_and_change_nothing(keep, kept, tokens_multiplied, device):

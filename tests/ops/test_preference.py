@@ -61,10 +61,13 @@ def double_batch(B=6, S=20, device="cpu", **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dpo_loss_in_every_mode(loss_type, packed, reduction, dtype, device):
     x = make_batch(8, 50, packed=packed, dtype=dtype, device=device)
+    # Pairs may cancel in a mean: atol is some units in the last place of a log-ratio.
     for options in ({}, {"length_normalized": True, "beta": 2.0}):
-        assert_close_to_reference(partial(dpo, loss_type=loss_type, reduction=reduction, **options), x, ["logps"])
+        assert_close_to_reference(
+            partial(dpo, loss_type=loss_type, reduction=reduction, **options), x, ["logps"], atol=1e-6
+        )
     without = {k: v for k, v in x.items() if k != "ref_logps"}
-    assert_close_to_reference(partial(dpo, loss_type=loss_type, reduction=reduction), without, ["logps"])
+    assert_close_to_reference(partial(dpo, loss_type=loss_type, reduction=reduction), without, ["logps"], atol=1e-6)
 
 
 @pytest.mark.kernels
