@@ -35,7 +35,8 @@ def make(seed: int = 0, dtype: torch.dtype = torch.float32, *, holes: bool = Tru
     lengths[torch.randperm(size, generator=generator)[:3]] = torch.tensor([0, 1, length])
     mask = torch.arange(length) < lengths[:, None]
     if holes:
-        mask &= (torch.rand(size, length, generator=generator) > 0.2) | (lengths[:, None] == 1)
+        kept = mask & (torch.rand(size, length, generator=generator) > 0.2)
+        mask = torch.where(kept.any(1, keepdim=True), kept, mask)  # a hole is no completion
     tokens = (size, length)
     hidden_states, weight, bias = normal(*tokens, hidden), normal(vocab, hidden), normal(vocab)
     target_ids = torch.randint(vocab, tokens, generator=generator)

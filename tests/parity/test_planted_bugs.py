@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from batches import Batch, make
 from compare import distance
 from test_advantages import ADVANTAGES
@@ -30,9 +31,14 @@ def from_the_model(row, temperature=1.0, shift=0):
     return replace(row, host=host, ours=ours, wrt=HEAD[:2] if "hidden_states" in row.wrt else ("logits",))
 
 
+def finest(row):
+    """In the dtype in which the comparison is the closest."""
+    return make(dtype=torch.float32 if row.exact is None else torch.float64, holes=row.holes)
+
+
 @pytest.mark.parametrize("row", [*POLICY, *LIGER, *PREFERENCE])
 def test_temperature_and_targets(row):
-    batch = make()
+    batch = finest(row)
     assert distance(from_the_model(row), batch) <= 1
     assert distance(from_the_model(row, temperature=1.01), batch) > SHOWS
     assert distance(from_the_model(row, shift=1), batch) > SHOWS
@@ -97,4 +103,4 @@ def test_options(row, changes):
     def ours(batch):
         return row.ours(batch, **{name: x(batch) if callable(x) else x for name, x in changes.items()})
 
-    assert distance(replace(row, ours=ours), make(holes=row.holes)) > SHOWS
+    assert distance(replace(row, ours=ours), finest(row)) > SHOWS
