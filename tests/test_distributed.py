@@ -239,6 +239,7 @@ def _of_one_split(split: str, size: int, group: Any) -> dict[str, Any]:
     cuts, masked = SPLITS[size][split]
     t = part(whole_batch(masked), *cuts[group.rank() :][:2])
     calls = {name: partial(call, rpp, t, process_group=group) for name, call in (EACH_ROW | OF_ALL).items()}
+    calls |= {f"{name} of the spec": partial(call, reference, t, process_group=group) for name, call in OF_ALL.items()}
     steps = {"-".join(map(str, how)): partial(step, t, *how, group) for how in STEPS}
     if split != "nothing":
         steps |= {f"{r}-parallel": partial(data_parallel, t, r, group) for r in REDUCTIONS}
@@ -284,8 +285,9 @@ def test_each_rank_has_its_rows_of_what_one_process_has(name, size, split, backe
 
 @everywhere
 @pytest.mark.parametrize("name", OF_ALL)
-def test_all_ranks_have_what_one_process_has_to_the_same_bit(name, size, split, backend, ranks):
-    parts = ranks(size, f"{backend}-{size}-{split}-{name}")
+@pytest.mark.parametrize("whose", ["", " of the spec"])  # which no backend runs
+def test_all_ranks_have_what_one_process_has_to_the_same_bit(name, whose, size, split, backend, ranks):
+    parts = ranks(size, f"{backend}-{size}-{split}-{name}{whose}")
     assert all(torch.equal(x, parts[0]) for x in parts)
     assert_same(parts[0], OF_ALL[name](reference, expected_batch(size, split)))
 

@@ -965,6 +965,15 @@ OPS = {
     "gae": lambda x, mask, cu_seqlens: reference.gae(
         x["rewards"], x["values"], mask, gamma=0.9, gae_lambda=0.8, cu_seqlens=cu_seqlens
     ),
+    **{
+        f"returns {gap}": lambda x, mask, cu_seqlens, gap=gap: reference.returns(
+            x["rewards"], mask, gamma=0.9, gap=gap, cu_seqlens=cu_seqlens
+        )
+        for gap in ("reset", "step")
+    },
+    "gae step": lambda x, mask, cu_seqlens: reference.gae(
+        x["rewards"], x["values"], mask, gamma=0.9, gae_lambda=0.8, gap="step", cu_seqlens=cu_seqlens
+    ),
     "whiten": lambda x, mask, _: reference.whiten(x["advantages"], mask),
     "whiten add_var": lambda x, mask, _: reference.whiten(
         x["advantages"], mask, unbiased=True, eps_mode="add_var", shift_mean=False

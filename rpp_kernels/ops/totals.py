@@ -1,6 +1,6 @@
 """Totals of a batch that comes in parts, to micro-batches or to ranks: the divisor of its loss, and its statistics.
 
-Without kernels: sums over a mask, and one collective. That is an op for the sake of torch.compile.
+One path for every backend: sums over a mask, and one collective, which is an op for the sake of torch.compile.
 """
 
 from typing import TYPE_CHECKING, TypeVar
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from rpp_kernels import reference
-from rpp_kernels.backends import backend_of
 from rpp_kernels.distributed import gathered, group_name, named_group
 from rpp_kernels.ops import kernel_op
 from rpp_kernels.ops.checks import (
@@ -76,10 +74,6 @@ def num_items_in_batch(
     check_choice("reduction", reduction, [name for name in REDUCTIONS if name != "none"])
     if process_group is not None:
         check_process_group(process_group)
-    if backend_of(completion_mask) == "reference":
-        return reference.num_items_in_batch(
-            completion_mask, reduction, cu_seqlens=cu_seqlens, process_group=process_group
-        )
     if reduction == "token-mean":
         count = completion_mask.sum()
     elif cu_seqlens is None:
@@ -121,8 +115,6 @@ def sum_over_ranks(stats: Stats, process_group: "ProcessGroup | None") -> Stats:
     if process_group is None or not stats:
         return stats
     check_process_group(process_group)
-    if backend_of(stats[0]) == "reference":
-        return reference.sum_over_ranks(stats, process_group)
     flat = torch.cat([x.double().reshape(-1) for x in stats])
     sums = rank_sums(flat, group_name(process_group)).split([x.numel() for x in stats])
     return type(stats)(*(total.view(x.shape).to(x.dtype) for total, x in zip(sums, stats, strict=True)))

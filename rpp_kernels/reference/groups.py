@@ -95,7 +95,7 @@ def informative_groups(
 
 def _together(
     scores: Tensor, group_size: int | None, group_ids: Tensor | None, process_group: "ProcessGroup | None"
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, slice | Tensor]:
     """The scores of all ranks, (B, B) who is in one group with whom, and which rows are this rank's."""
     scores = scores.to(result_dtype(scores))
     rank = 0 if process_group is None else process_group.rank()
@@ -103,9 +103,11 @@ def _together(
         assert group_size is not None
         places = torch.arange(scores.shape[0], device=scores.device)
         group_ids = places // group_size + (rank << 32)  # groups of one size do not span ranks
-    own = torch.full_like(scores, rank, dtype=torch.int64)
-    scores, ids, ranks = (all_shards(x, process_group) for x in (scores, group_ids, own))
-    return scores, ids == ids[:, None], ranks == rank
+    ids = all_shards(group_ids, process_group)
+    own: slice | Tensor = slice(None)
+    if process_group is not None:
+        own = all_shards(torch.full_like(group_ids, rank), process_group) == rank
+    return all_shards(scores, process_group), ids == ids[:, None], own
 
 
 def _all_equal(scores: Tensor, among: Tensor) -> Tensor:

@@ -270,6 +270,14 @@ def test_compiled_without_graph_breaks(device):
     torch._dynamo.reset()
 
 
+def test_a_group_size_reads_nothing_back():
+    scores = torch.zeros(6, device="meta")  # which there is nothing to read of
+    for mode in MODES:
+        assert advantages(scores, group_size=3, **mode).shape == (6,)
+    assert rpp.best_of_group(scores, group_size=3).shape == (6,)
+    assert rpp.informative_groups(scores, group_size=3).dtype == torch.bool
+
+
 # ---------------------------------------------------------------- refusals
 
 SCORES = torch.zeros(6)

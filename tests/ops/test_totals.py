@@ -45,6 +45,13 @@ def test_they_are_what_a_loss_divides_by_on_its_own(reduction, backend, device):
     assert_close(rpp.policy_loss(*tensors, mask, num_items_in_batch=items, **options).loss, own)
 
 
+@reductions
+def test_counting_reads_nothing_back(reduction):
+    mask, cu_seqlens = torch.ones(2, 3, device="meta").bool(), torch.arange(3, device="meta")
+    assert rpp.num_items_in_batch(mask, reduction).shape == ()
+    assert rpp.num_items_in_batch(mask[0], reduction, cu_seqlens=cu_seqlens).dtype == torch.float64
+
+
 class Pair(NamedTuple):
     first: object
     second: object
