@@ -109,6 +109,19 @@ def test_every_size_of_log_ratio(loss_type, size, backend, device):
         assert_close({k: y.double() for k, y in single.items()}, want, rtol=rtol, atol=1e-7)
 
 
+@every_loss
+@pytest.mark.parametrize("name", ["logps", "ref_logps"])
+def test_nan_is_not_lost(loss_type, name, backend, device):
+    x = make_batch(4, 5, device=device)
+    x["completion_mask"][:] = True
+    x[name][1, 2] = math.nan
+    loss, stats = dpo(rpp, x, loss_type, reduction="none")
+    assert loss.isnan().tolist() == [True, False]
+    assert dpo(rpp, x, loss_type).loss.isnan()
+    assert stats.margins.isnan()
+    assert copg(rpp, x, reduction="none").loss.isnan().tolist() == [True, False]
+
+
 # ---------------------------------------------------------------- pairs
 
 
