@@ -18,7 +18,12 @@ struct LossArgs {
 
 constexpr int kLossSums = 9;
 
-enum class Level : int64_t { token = 0, sequence = 1, sequence_token = 2, sequence_sum = 3 };  // LEVELS in ops/policy_loss.py
+enum class Level : int64_t {
+  token = 0,
+  sequence = 1,
+  sequence_token = 2,
+  sequence_sum = 3
+};  // LEVELS in ops/policy_loss.py
 
 template <class T>
 struct PolicyArgs : LossArgs<T> {
