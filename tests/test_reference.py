@@ -432,6 +432,7 @@ def test_policy_stats_golden():
         dual_clipped=torch.tensor(1.0),  # 4 with A < 0
         ratio=torch.tensor(8.5),  # 1.5 + 0.5 + 4 + 0.5 + 2
         approx_kl=torch.tensor(-1.098612),  # -ln(1.5 * 0.5 * 4 * 0.5 * 2) = -ln 3
+        kl=torch.tensor(0.0),
     )
     assert_golden(stats, reference.PolicyStats(*(x.double() for x in expected)))
 
@@ -1624,3 +1625,137 @@ def test_copg_loss_of_three_golden():
     assert_golden(call().loss, torch.tensor(-1.0))
     assert_golden(call(reduction="none").loss, torch.tensor([-3.0]))
     assert_golden(call(num_items_in_batch=6).loss, torch.tensor(-0.5))
+# ---------------------------------------------------------------- surrogates, KL and entropy of policy_loss
+
+# ratio, advantage, logp, options, loss, d(loss) / d(logp)
+SURROGATES_BY_HAND = [
+    ("clip", 1.5, 2.0, -3.0, {}, -2.4, 0.0),
+    ("clip", 1.1, 2.0, -3.0, {}, -2.2, -2.2),
+    ("clip", 4.0, -2.0, -3.0, {"dual_clip": 3.0}, 6.0, 0.0),
+    ("reinforce", 1.5, 2.0, -3.0, {}, 6.0, -2.0),  # -2 * -3
+    ("reinforce", 0.1, -0.5, -3.0, {}, -1.5, 0.5),
+    ("cispo", 1.5, 2.0, -3.0, {}, 9.0, -3.0),  # weight 1.5: -1.5 * 2 * -3
+    ("cispo", 8.0, 2.0, -3.0, {}, 30.0, -10.0),  # weight 5
+    ("cispo", 0.001, -2.0, -3.0, {}, -0.006, 0.002),  # no lower bound
+    ("cispo", 0.1, 2.0, -3.0, {"epsilon_low": 0.2, "epsilon_high": 0.2}, 4.8, -1.6),  # weight 0.8
+    ("sapo", 1.0, 2.0, -3.0, {}, -4.0, -2.0),  # -2 * 4 * sigmoid(0); slope -2 * 4 / 4
+    ("sapo", 1.0, -2.0, -3.0, {}, 3.8095238, 2.0),  # 2 * (4 / 1.05) / 2
+    # sigmoid(ln 3) = 3/4 for tau = 2 and r = 1 + ln(3) / 2 = 1.5493061: -2 * 2 * 3/4; slope -2 * 4 * 3/16 * r
+    ("sapo", 1.5493061, 2.0, -3.0, {"tau_positive": 2.0}, -3.0, -2.3239592),
+    ("sapo", 1.5493061, -2.0, -3.0, {"tau_negative": 2.0}, 3.0, 2.3239592),
+]
+
+
+@pytest.mark.parametrize(("name", "ratio", "advantage", "logp", "options", "loss", "slope"), SURROGATES_BY_HAND)
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence-token"])  # a sequence of one token is that token
+def test_surrogate_of_one_token_golden(name, ratio, advantage, logp, options, loss, slope, level):
+    logps = f32([[logp]]).requires_grad_()
+    old_logps = f32([[logp - math.log(ratio)]])
+    out = reference.policy_loss(
+        logps, old_logps, f32([[advantage]]), surrogate=name, importance_sampling_level=level, **options
+    )
+    assert_golden(out.loss.detach(), torch.tensor(loss))
+    assert_golden(torch.autograd.grad(out.loss, logps)[0], f32([[slope]]))
+
+
+@pytest.mark.parametrize(
+    ("d", "advantages", "loss", "slopes"),
+    [
+        # exp of the mean of (0.6 clipped to 0.4, -1.0): exp(-0.3) = 0.7408182
+        ((0.6, -1.0), (2.0, 2.0), -1.4816364, (0.0, -0.7408182)),
+        # (0.6, -1.0 clipped to -0.4): exp(0.1) = 1.1051709
+        ((0.6, -1.0), (-2.0, -2.0), 2.2103418, (1.1051709, 0.0)),
+        # A token without advantage has no share: exp(mean of (0, -1)) = 0.6065307; loss -(0 + 2) r / 2, slope -2 r / 4
+        ((0.6, -1.0), (0.0, 2.0), -0.6065307, (0.0, -0.3032653)),
+    ],
+)
+def test_gmpo_golden(d, advantages, loss, slopes):
+    logps = f32([[*d, 99]]).requires_grad_()
+    out = reference.policy_loss(
+        logps,
+        torch.zeros(1, 3),
+        f32([[*advantages, 99]]),
+        bools([[1, 1, 0]]),
+        surrogate="gmpo",
+        importance_sampling_level="sequence",
+    )
+    assert_golden(out.loss.detach(), torch.tensor(loss))
+    assert_golden(torch.autograd.grad(out.loss, logps)[0], f32([[*slopes, 0]]))
+
+
+def test_sequence_token_moves_its_own_token_alone():
+    # mean of (ln 4, 0): ratio 2, which A = -1 does not clip. Losses (2, 2); only the first is asked for.
+    logps = f32([[math.log(4), 0]]).requires_grad_()
+    options = {"reduction": "none", "importance_sampling_level": "sequence-token"}
+    loss = reference.policy_loss(logps, torch.zeros(1, 2), f32([[-1, -1]]), **options).loss
+    assert_golden(loss.detach(), f32([[2, 2]]))
+    assert_golden(torch.autograd.grad(loss[0, 0], logps)[0], f32([[2, 0]]))
+
+
+# r = exp(0.5) = 1.6487213 and A = -1 (not clipped). d to the reference is ln 2: k1 0.6931472, k2 0.2402265,
+# k3 1/2 - 1 + ln 2 = 0.1931472 with the slope 1 - 1/2.
+@pytest.mark.parametrize(
+    ("options", "loss", "slope", "kl"),
+    [
+        ({}, 1.6680360, 1.6987213, 0.1931472),  # r + 0.1 k3; r + 0.1 * 0.5
+        ({"kl_estimator": "k1"}, 1.7180360, 1.7487213, 0.6931472),
+        ({"kl_estimator": "k2"}, 1.6727439, 1.7180360, 0.2402265),
+        ({"kl_gradient": "k2"}, 1.6680360, 1.7180360, 0.1931472),
+        ({"kl_gradient": "none"}, 1.6680360, 1.6487213, 0.1931472),
+        ({"kl_clamp": 0.1}, 1.6587213, 1.6487213, 0.1),
+        # r + 0.1 r k3 = 1.6487213 * 1.01931472; r + 0.1 (r k3 + r / 2) = 1.6487213 * (1.01931472 + 0.05)
+        ({"kl_bias_correction": True}, 1.6805659, 1.7630020, 0.1931472),
+    ],
+)
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence-token"])
+def test_kl_in_the_loss_golden(options, loss, slope, kl, level):
+    logps = f32([[-1]]).requires_grad_()
+    out = reference.policy_loss(
+        logps,
+        f32([[-1.5]]),
+        f32([[-1]]),
+        importance_sampling_level=level,
+        ref_logps=f32([[-1 - math.log(2)]]),
+        beta=0.1,
+        **options,
+    )
+    assert_golden(out.loss.detach(), torch.tensor(loss))
+    assert_golden(torch.autograd.grad(out.loss, logps)[0], f32([[slope]]))
+    assert_golden(out.stats.kl, torch.tensor(kl).double())
+
+
+def test_bias_corrected_kl_of_a_sequence_moves_every_token_of_it():
+    # D = (ln 4, 0), so r = 2; A = 0 leaves the KL alone. k1 = (1, 3) to the reference: losses r k = (2, 6).
+    # d(sum) / d(logp_t) = r for its own k1, and for the ratio r (1 + 3) / 2 = 4.
+    logps = f32([[math.log(4), 0]]).requires_grad_()
+    loss = reference.policy_loss(
+        logps,
+        torch.zeros(1, 2),
+        torch.zeros(1, 2),
+        importance_sampling_level="sequence",
+        ref_logps=logps.detach() - f32([[1, 3]]),
+        beta=1.0,
+        kl_estimator="k1",
+        kl_bias_correction=True,
+        reduction="none",
+    ).loss
+    assert_golden(loss.detach(), f32([[2, 6]]))
+    assert_golden(torch.autograd.grad(loss.sum(), logps)[0], f32([[6, 6]]))
+
+
+def test_weights_and_entropy_golden():
+    # on policy, A = (1, 2), weights (3, 0.5): surrogates (-3, -1), entropies (5, 7) at 0.1: (-3.5, -1.7), mean -2.6
+    entropy = f32([[5, 7, 99]]).requires_grad_()
+    logps = f32([[-1, -2, 99]]).requires_grad_()
+    out = reference.policy_loss(
+        logps,
+        None,
+        f32([[1, 2, 99]]),
+        bools([[1, 1, 0]]),
+        weights=f32([[3, 0.5, math.nan]]),
+        entropy=entropy,
+        entropy_coef=0.1,
+    )
+    assert_golden(out.loss.detach(), torch.tensor(-2.6))
+    assert_golden(torch.autograd.grad(out.loss, logps, retain_graph=True)[0], f32([[-1.5, -0.5, 0]]))
+    assert_golden(torch.autograd.grad(out.loss, entropy)[0], f32([[-0.05, -0.05, 0]]))

@@ -82,6 +82,9 @@ SURROGATES = {
 }
 
 
+OPTIONS = sorted({name for surrogate in SURROGATES.values() for name in surrogate.options})
+
+
 class PolicyOptions(NamedTuple):
     """The options of the public functions that say what each token's loss is."""
 
@@ -381,18 +384,18 @@ def policy_loss(
 
 def check_options(options: PolicyOptions, ref_logps: Tensor | None) -> tuple[PolicyNumbers, PolicyModes]:
     """The options as kernels take them."""
-    given = options.by_name()
-    check_choice("surrogate", options.surrogate, list(SURROGATES))
+    check_choice("surrogate", options.surrogate, tuple(SURROGATES))
     known, levels = SURROGATES[options.surrogate]
-    numbers = []
-    for name in sorted({name for other in SURROGATES.values() for name in other.options} - known.keys()):
-        if given[name] is not None:
+    for name in OPTIONS:
+        value = getattr(options, name)
+        if value is not None and name not in known:
             wanted = f"None with surrogate {options.surrogate!r}, whose options are {', '.join(known) or 'none'}"
-            fail(name, wanted, given[name])
-    for name, option in known.items():
-        if given[name] is not None:
-            check_number(name, given[name], option.wanted, option.low, option.high, open_low=option.open_low)
-        numbers.append(option.default if given[name] is None else given[name])
+            fail(name, wanted, value)
+        if value is not None:
+            _, wanted, low, high, open_low = known[name]
+            check_number(name, value, wanted, low, high, open_low=open_low)
+    given = (getattr(options, name) for name in known)
+    numbers = [known[name].default if x is None else x for name, x in zip(known, given, strict=True)]
     check_choice("importance_sampling_level", options.importance_sampling_level, LEVELS)
     if options.importance_sampling_level not in levels:
         wanted = f"{' or '.join(map(repr, levels))} with surrogate {options.surrogate!r}"
@@ -413,6 +416,9 @@ def check_options(options: PolicyOptions, ref_logps: Tensor | None) -> tuple[Pol
     )
 
 
+_WITHOUT_KL = {"beta": 0, "kl_estimator": "k3", "kl_gradient": None, "kl_clamp": None, "kl_bias_correction": False}
+
+
 def _check_kl(options: PolicyOptions, ref_logps: Tensor | None) -> None:
     check_choice("kl_estimator", options.kl_estimator, [name for name in ESTIMATORS if name != "none"])
     if options.kl_gradient is not None:
@@ -421,11 +427,9 @@ def _check_kl(options: PolicyOptions, ref_logps: Tensor | None) -> None:
     if not isinstance(options.kl_bias_correction, bool):
         fail("kl_bias_correction", "a bool", repr(options.kl_bias_correction))
     if ref_logps is None:
-        without = {"beta": 0, "kl_estimator": "k3", "kl_gradient": None, "kl_clamp": None, "kl_bias_correction": False}
-        given = options.by_name()
-        for name, default in without.items():
-            if given[name] != default:
-                fail(name, f"{default!r} without ref_logps", repr(given[name]))
+        for name, default in _WITHOUT_KL.items():
+            if getattr(options, name) != default:
+                fail(name, f"{default!r} without ref_logps", repr(getattr(options, name)))
 
 
 def check_weights(weights: Tensor | None, mask: Tensor | None) -> None:
