@@ -1625,6 +1625,8 @@ def test_copg_loss_of_three_golden():
     assert_golden(call().loss, torch.tensor(-1.0))
     assert_golden(call(reduction="none").loss, torch.tensor([-3.0]))
     assert_golden(call(num_items_in_batch=6).loss, torch.tensor(-0.5))
+
+
 # ---------------------------------------------------------------- surrogates, KL and entropy of policy_loss
 
 # ratio, advantage, logp, options, loss, d(loss) / d(logp)
