@@ -65,7 +65,7 @@ DIALECTS: dict[str, dict[str, Row]] = {
     | {"dpo": {}, "ipo": {}},
     "verl": {
         "ppo": {**_VERL, **_VERL_WHITEN, "gae_lambda": 1.0},
-        "reinforce_pp": {**_VERL, **_VERL_WHITEN, "reward_clip": None, "gap": "reset"},
+        "reinforce_pp": {**_VERL, **_VERL_WHITEN, "reward_clip": None},
         "reinforce_pp_baseline": {
             **_VERL,
             **_VERL_WHITEN,
@@ -76,12 +76,7 @@ DIALECTS: dict[str, dict[str, Row]] = {
         "rloo": {**_VERL, "singleton": "keep"},
         "remax": _VERL,
         "grpo": {**_VERL, "singleton": "keep", "beta": 0.001, "kl_clamp": 10.0},
-        "dr_grpo": {
-            **_VERL,
-            "singleton": "keep",
-            "reduction": "seq-mean-token-sum-norm",
-            "divide_by_items": False,
-        },
+        "dr_grpo": {**_VERL, "singleton": "keep", "reduction": "seq-mean-token-sum-norm"},
         "dapo": {**_VERL, "singleton": "keep"},
         "opo": {**_VERL, "singleton": "keep"},
         "gpg": {**_VERL_OTHER, "group_scale": "nonzero-scores", "singleton": "keep"},
@@ -96,10 +91,10 @@ DIALECTS: dict[str, dict[str, Row]] = {
         _TRL,
         {
             "grpo": {},
-            "dr_grpo": {"std": "group"},
+            "dr_grpo": {},
             "dapo": {"sequences": "all", "overlong_buffer": 0.0, "epsilon_high": 0.2},
             "gspo": {"epsilon_low": 0.2, "epsilon_high": 0.2},
-            "cispo": {"epsilon_high": 4.0},
+            "cispo": {},
             "sapo": {},
             "rloo": {
                 "kl_place": "score",

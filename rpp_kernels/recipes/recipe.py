@@ -142,8 +142,6 @@ class Recipe:
     importance_sampling_level: str = "token"
     log_ratio_clamp: float = 20.0
     reduction: str = "token-mean"
-    divide_by_items: bool = True
-    """Whether the sum that `reduction` names is divided by the number of its items where the caller names none."""
     preference: str = "sigmoid"
     """loss_type of `dpo_loss`."""
     length_normalized: bool = False
@@ -344,8 +342,6 @@ class Recipe:
             weights.append(kept)
         if weights:
             options["weights"] = math.prod(weights[1:], start=weights[0])
-        if num_items_in_batch is None and not self.divide_by_items:
-            num_items_in_batch = 1
         return policy_loss(
             logps,
             old_logps,

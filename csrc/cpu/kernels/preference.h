@@ -10,14 +10,15 @@ struct LogRatio {
 template <class T>
 LogRatio log_ratio(const PreferenceArgs<T>& a, int64_t sequence) {
   using V = Vector<T>;
-  LaneSums<T, 2> sum;
-  sum.walk(a.cu_seqlens[sequence], a.cu_seqlens[sequence + 1], [&](int64_t i, int64_t n) {
+  LaneSums<T, 1> valid;
+  vf64 sum{};  // terms of both signs cancel
+  valid.walk(a.cu_seqlens[sequence], a.cu_seqlens[sequence + 1], [&](int64_t i, int64_t n) {
     const auto mask = token_mask<T>(a.mask, i, n);
-    const V logps = load_tokens(a.logps, i, n);
-    sum.lane[0] += mask ? (a.ref_logps ? logps - load_tokens(a.ref_logps, i, n) : logps) : V{};
-    sum.lane[1] += mask ? num<V>(1) : V{};
+    sum += wide(mask ? load_tokens(a.logps, i, n) : V{});
+    if (a.ref_logps) sum -= wide(mask ? load_tokens(a.ref_logps, i, n) : V{});
+    valid.lane[0] += mask ? num<V>(1) : V{};
   });
-  return {sum.total[0], static_cast<int64_t>(sum.total[1])};
+  return {horizontal_sum(sum), static_cast<int64_t>(valid.total[0])};
 }
 
 template <class T>
