@@ -4,6 +4,8 @@ The eager forms are what training code commonly writes. torch.compile is always 
 Those from hidden states are in linear_cases.py.
 """
 
+from typing import Any
+
 import torch
 from case import OURS, Case, Data, Function, Loader, Tensors, compiled, memory_floor, plain
 from linear_cases import LINEAR_CASES
@@ -172,6 +174,37 @@ def _eager_rollout_weights(old_logps: Tensor, sampling_logps: Tensor, completion
     return ratio.clamp(max=2) * completion_mask, -log_ratio.sum() / completion_mask.sum()
 
 
+_KL = 0.04
+
+
+def _grpo_data() -> Data:
+    return Data(_batch("logps", "old_logps", "advantages", "ref_logps"), ("logps",), (torch.ones(()),))
+
+
+def _our_grpo_loss(f: Any) -> Function:
+    def loss(**inputs: Tensor) -> Outputs:
+        out = f.policy_loss(**inputs, beta=_KL, reduction="seq-mean-token-mean")
+        return *_clipped_share_and_kl(out), out.stats.kl / out.stats.num_tokens
+
+    return loss
+
+
+def _eager_grpo_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor, ref_logps: Tensor
+) -> Outputs:
+    log_ratio, to_ref = logps - old_logps, (ref_logps - logps).clamp(-20, 20)
+    ratio, kl = log_ratio.clamp(-20, 20).exp(), to_ref.exp() - 1 - to_ref
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
+    loss = torch.maximum(plain, clipped) + _KL * kl
+    loss = ((loss * completion_mask).sum(1) / completion_mask.sum(1)).mean()
+
+    def masked_mean(x: Tensor) -> Tensor:
+        return (x * completion_mask).sum() / completion_mask.sum()
+
+    with torch.no_grad():
+        return loss, masked_mean((clipped > plain).float()), masked_mean(-log_ratio), masked_mean(kl)
+
+
 # ---------------------------------------------------------------- the table
 
 # ---------------------------------------------------------------- pairs
@@ -331,6 +364,25 @@ CASES = [
             "two log-probs and mask read; backward the gradient written",
             forward=(9 * PAIR_TOKENS, 0),
             backward=(0, 4 * PAIR_TOKENS),
+        ),
+        tolerance=1e-4,
+    ),
+    Case(
+        name="policy_loss_kl",
+        op="policy_loss with a k3 KL in the loss, and its statistics",
+        shape=_SCAN_SHAPE,
+        why="the loss of GRPO: clip and KL, a mean of the means of sequences",
+        data=_grpo_data,
+        spec=_our_grpo_loss(reference),
+        competitors={
+            OURS: plain(_our_grpo_loss(rpp)),
+            "eager": plain(_eager_grpo_loss),
+            "torch.compile": compiled(_eager_grpo_loss),
+        },
+        floor=memory_floor(
+            "four inputs and mask read; backward the gradient written",
+            forward=(17 * TOKENS, 0),
+            backward=(0, 4 * TOKENS),
         ),
         tolerance=1e-4,
     ),

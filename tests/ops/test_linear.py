@@ -3,6 +3,7 @@
 What linear_logps has in common with logps_from_logits is in test_logps.py; chunks themselves are in test_chunks.py.
 """
 
+import inspect
 import math
 from collections import Counter
 from functools import partial
@@ -80,10 +81,7 @@ def linear_loss(f, x, token_loss, **options):
     )
 
 
-POLICY = (
-    "epsilon_low", "epsilon_high", "dual_clip", "importance_sampling_level", "log_ratio_clamp", "reduction",
-    "num_items_in_batch", "max_completion_length", "cu_seqlens",
-)  # fmt: skip
+POLICY = set(inspect.signature(reference.policy_loss).parameters)
 
 
 def linear_policy_loss(f, x, **options):
@@ -99,8 +97,9 @@ def two_calls(f, x, **options):
     options = {"cu_seqlens": x.get("cu_seqlens")} | options
     logps, entropy, _ = linear_logps(f, x, **{k: v for k, v in options.items() if k not in POLICY})
     policy = {k: v for k, v in options.items() if k in POLICY}
-    old = logps.detach() if x.get("old_logps") is None else x["old_logps"]
-    loss, stats = f.policy_loss(logps, old, x["advantages"], x["completion_mask"], **policy)
+    if policy.get("entropy_coef"):
+        policy["entropy"] = entropy
+    loss, stats = f.policy_loss(logps, x.get("old_logps"), x["advantages"], x["completion_mask"], **policy)
     return rpp.LinearPolicyLoss(loss, stats, logps.detach(), entropy.detach())
 
 

@@ -1,19 +1,27 @@
 """policy_loss and value_loss beyond test_every_op.py: every reduction, clip and level, statistics, errors."""
 
+import inspect
 import math
 from functools import partial
 
 import pytest
 import torch
+from calls import LEVELS
+from calls import SURROGATES as CALLED
 
 import rpp_kernels as rpp
 from rpp_kernels import reference
+from rpp_kernels.ops.policy_loss import SURROGATES
+from rpp_kernels.reference.policy_loss import SURROGATES as SPEC_SURROGATES
 from rpp_kernels.testing import assert_close_to_reference, evaluate, make_batch
 
 assert_close = torch.testing.assert_close
 
 DTYPES = [torch.float32, torch.bfloat16]  # the others: test_every_op.py
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "none")
+every_surrogate = pytest.mark.parametrize(
+    ("name", "level"), [(name, level) for name, levels in CALLED.items() for level in levels]
+)
 both_levels = pytest.mark.parametrize("level", ["token", "sequence"])
 
 
@@ -305,11 +313,161 @@ def test_loss_is_backward_through_in_one_line(backend, device):
     assert_close(logps.grad, 3 * torch.autograd.grad(policy(rpp, x).loss, logps)[0])
 
 
+# ---------------------------------------------------------------- surrogates, KL and entropy
+
+
+def test_options_and_defaults_of_surrogates_are_those_of_the_spec():
+    assert list(SURROGATES) == list(SPEC_SURROGATES) == list(CALLED)
+    for name, (options, levels) in SURROGATES.items():
+        _, *spec = inspect.signature(SPEC_SURROGATES[name]).parameters.values()
+        assert [(k, option.default) for k, option in options.items()] == [(p.name, p.default) for p in spec]
+        assert set(levels) == set(CALLED[name])
+        assert len(options) <= 4
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+@every_surrogate
+def test_every_surrogate_with_everything_in_every_reduction(name, level, estimator, packed, reduction, device):
+    x = make_batch(7, 50, packed=packed, device=device)
+    x["weights"] = x["rewards"].sigmoid()
+
+    def call(f, x):
+        extras = {"weights": x["weights"], "ref_logps": x["ref_logps"], "entropy": x["kl"]}
+        how = {"surrogate": name, "importance_sampling_level": level, "reduction": reduction, **norm(reduction)}
+        kl = {"beta": 0.3, "kl_estimator": estimator, "kl_clamp": 0.1, "kl_bias_correction": True}
+        return policy(f, x, **extras, **how, **kl, entropy_coef=0.1)
+
+    assert_close_to_reference(call, x, ["logps", "kl"], atol=6e-8)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("gradient", [None, "none", "k1", "k2", "k3", "abs"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_kl_in_the_loss_is_kl_penalty(level, corrected, estimator, gradient, device):
+    x = make_batch(7, 50, dtype=torch.float64, device=device)
+    x["advantages"] = torch.zeros_like(x["advantages"])
+    x["logps"][0, :9] += 3.0
+
+    def composed(x):
+        how = {"estimator": estimator, "gradient": gradient, "log_ratio_clamp": 1.0, "kl_clamp": 0.5}
+        kl = rpp.kl_penalty(x["logps"], x["ref_logps"], x["completion_mask"], **how)
+        ratio = -policy(
+            reference,
+            x | {"advantages": torch.ones_like(x["advantages"])},
+            surrogate="clip",
+            epsilon_low=1.0,
+            epsilon_high=math.inf,
+            importance_sampling_level=level,
+            log_ratio_clamp=1.0,
+            reduction="none",
+        ).loss
+        return 0.7 * kl * (ratio if corrected else 1.0)
+
+    def ours(x):
+        how = {"kl_estimator": estimator, "kl_gradient": gradient, "log_ratio_clamp": 1.0, "kl_clamp": 0.5}
+        how |= {"importance_sampling_level": level, "kl_bias_correction": corrected, "reduction": "none"}
+        return policy(rpp, x, ref_logps=x["ref_logps"], beta=0.7, **how).loss
+
+    if gradient == "none" and not corrected:  # kl_penalty has no gradient to compare with
+        assert (evaluate(ours, x, ["logps"])["dlogps"] == 0).all()
+        assert_close(ours(x), composed(x))
+    else:
+        assert_close(evaluate(ours, x, ["logps"]), evaluate(composed, x, ["logps"]))
+
+
+@every_surrogate
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_without_old_logps_the_step_is_on_policy(name, level, reduction, backend, device):
+    x = make_batch(5, 9, dtype=torch.float64, device=device)
+    how = {"surrogate": name, "importance_sampling_level": level, "reduction": reduction, **norm(reduction)}
+    how |= {"ref_logps": x["ref_logps"], "beta": 0.1, "kl_bias_correction": True}
+    call = partial(policy, rpp, **how)
+    got = evaluate(lambda x: call(x | {"old_logps": None}), x, ["logps"])
+    assert_close(got, evaluate(lambda x: call(x | {"old_logps": x["logps"].detach()}), x, ["logps"]))
+    assert got["stats.ratio"] == got["stats.num_tokens"]
+
+
+@every_surrogate
+def test_the_first_gradient_on_policy_is_that_of_reinforce(name, level, backend, device):
+    x = make_batch(5, 9, dtype=torch.float64, device=device)
+    x["advantages"] = x["scores"][:, None].expand(5, 9)
+    logps = x["logps"].requires_grad_()
+    loss = policy(rpp, x | {"old_logps": None}, surrogate=name, importance_sampling_level=level).loss
+    want = torch.where(x["completion_mask"], -x["advantages"], 0.0) / x["completion_mask"].sum()
+    assert_close(torch.autograd.grad(loss, logps)[0], want)  # of sapo too: 4 sigmoid'(0) = 1 for every tau
+
+
+@every_surrogate
+def test_infinite_clamps_are_no_clamps(name, level, backend, device):
+    x = make_batch(5, 9, dtype=torch.float64, device=device)
+    call = partial(policy, rpp, surrogate=name, importance_sampling_level=level, ref_logps=x["ref_logps"], beta=0.1)
+    assert_close(*(evaluate(lambda x, c=c: call(x, log_ratio_clamp=c), x, ["logps"]) for c in (1e4, math.inf)))
+
+
+@every_surrogate
+@pytest.mark.parametrize("d", [-1e4, 1e4, -math.inf])
+def test_runaway_ratios_stay_finite_with_every_surrogate(name, level, d, backend, device):
+    direct = name in ("cispo", "reinforce")
+    if math.isinf(d) and direct:
+        pytest.skip("the loss is a product with the log-prob itself")
+    for advantage in (-1.0, 1.0):
+        x = {"logps": f32([d, -1, d], device=device)[None], "advantages": torch.full((1, 3), advantage, device=device)}
+
+        def call(x):
+            how = {"surrogate": name, "importance_sampling_level": level}
+            return rpp.policy_loss(x["logps"], torch.zeros_like(x["logps"]), x["advantages"], **how)
+
+        got = evaluate(call, x, ["logps"])
+        assert all(y.isfinite().all() for k, y in got.items() if k != "stats.approx_kl")
+
+
+def test_a_steep_sapo_ends_in_zeros_rather_than_in_what_exp_leaves(backend, device):
+    # The slope at r = exp(20) is 0: what is left of exp(-tau r) must not be multiplied by r.
+    logps = f32([[20.0]], device=device).requires_grad_()
+    for advantage in (1.0, -1.0):
+        out = rpp.policy_loss(logps, torch.zeros_like(logps), f32([[advantage]], device=device), surrogate="sapo")
+        (slope,) = torch.autograd.grad(out.loss, logps)
+        assert slope == 0
+
+
+def test_weights_multiply_the_surrogate_and_not_the_kl(backend, device):
+    x = make_batch(4, 9, dtype=torch.float64, device=device)
+    zeros = torch.zeros_like(x["logps"])
+    kl = {"ref_logps": x["ref_logps"], "beta": 0.1}
+    assert_close(policy(rpp, x, weights=zeros, **kl).loss, policy(rpp, x | {"advantages": zeros}, **kl).loss)
+    assert_close(policy(rpp, x, weights=zeros + 2).loss, 2 * policy(rpp, x).loss)
+
+
+def test_the_kl_is_counted_whatever_it_weighs(backend, device):
+    x = make_batch(4, 9, dtype=torch.float64, device=device)
+    kl = rpp.kl_penalty(x["logps"], x["ref_logps"], x["completion_mask"], estimator="k2").sum()
+    for beta, corrected in ((0.0, False), (0.5, False), (0.5, True)):
+        how = {"beta": beta, "kl_bias_correction": corrected, "kl_estimator": "k2"}
+        assert_close(policy(rpp, x, ref_logps=x["ref_logps"], **how).stats.kl, kl)
+    assert_close(policy(rpp, x, ref_logps=x["ref_logps"], beta=0.0).loss, policy(rpp, x).loss)
+    assert policy(rpp, x).stats.kl == 0
+
+
+def test_two_sided_delta_is_a_dual_clip(backend, device):
+    x = make_batch(9, 50, dtype=torch.float64, device=device)
+    ratio, a = (x["logps"] - x["old_logps"]).exp(), x["advantages"]
+    delta = -torch.min(ratio.clamp(max=1.3) * a, ratio.clamp(0.8, 1.2) * a)
+    got = policy(rpp, x, dual_clip=1.3, reduction="none").loss
+    assert_close(got, torch.where(x["completion_mask"], delta, 0.0))
+
+
 # ---------------------------------------------------------------- refusals
 
 ZEROS = torch.zeros(2, 3)
 CU_SEQLENS = torch.tensor([0, 2, 6])
 PACKED = {"cu_seqlens": CU_SEQLENS}
+SEQUENCE = {"importance_sampling_level": "sequence"}
+KL = {"ref_logps": ZEROS}
 
 SHARED = [
     ({"completion_mask": ZEROS}, "completion_mask: want a bool tensor"),
@@ -365,6 +523,35 @@ SHARED = [
         ({"dual_clip": 1.0}, "dual_clip: want a number above 1, or None"),
         ({"importance_sampling_level": "batch"}, "importance_sampling_level: want one of 'token', 'sequence'"),
         ({"log_ratio_clamp": 0}, "log_ratio_clamp: want a positive number"),
+        ({"surrogate": "ppo"}, "surrogate: want one of 'clip', 'reinforce', 'cispo', 'sapo', 'gmpo', got 'ppo'"),
+        ({"tau_positive": 1.0}, "tau_positive: want None with surrogate 'clip', whose options are epsilon_low, eps"),
+        ({"surrogate": "reinforce", "epsilon_low": 0.2}, "epsilon_low: want None with surrogate .*options are none"),
+        ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip: want None with surrogate 'cispo'"),
+        ({"surrogate": "cispo", "epsilon_low": 1.1}, "epsilon_low: want a number from 0 to 1"),
+        ({"surrogate": "sapo", "tau_negative": 0.0}, "tau_negative: want a positive finite number"),
+        ({"surrogate": "sapo", "tau_positive": math.inf}, "tau_positive: want a positive finite number"),
+        ({"surrogate": "gmpo"}, "importance_sampling_level: want 'sequence' with surrogate 'gmpo', got 'token'"),
+        ({"surrogate": "gmpo", **SEQUENCE, "epsilon_low": -0.1}, "epsilon_low: want a number from 0, got"),
+        ({"beta": 0.1}, "beta: want 0 without ref_logps, got 0.1"),
+        ({"kl_estimator": "k1"}, "kl_estimator: want 'k3' without ref_logps"),
+        ({"kl_gradient": "k2"}, "kl_gradient: want None without ref_logps"),
+        ({"kl_clamp": 1.0}, "kl_clamp: want None without ref_logps"),
+        ({"kl_bias_correction": True}, "kl_bias_correction: want False without ref_logps"),
+        ({**KL, "beta": -0.1}, "beta: want a finite number from 0"),
+        ({**KL, "beta": math.inf}, "beta: want a finite number from 0"),
+        ({**KL, "kl_estimator": "none"}, "kl_estimator: want one of 'k1', 'k2', 'k3', 'abs'"),
+        ({**KL, "kl_gradient": "k4"}, "kl_gradient: want one of 'none', 'k1'"),
+        ({**KL, "kl_clamp": 0.0}, "kl_clamp: want a positive number or None"),
+        ({**KL, "kl_bias_correction": 1}, "kl_bias_correction: want a bool"),
+        ({"ref_logps": ZEROS.T}, r"ref_logps: want the shape \(2, 3\) of logps"),
+        ({"ref_logps": ZEROS.clone().requires_grad_()}, "ref_logps: want a constant"),
+        ({"weights": ZEROS.T}, r"weights: want the shape \(2, 3\) of logps"),
+        ({"weights": ZEROS.clone().requires_grad_()}, "weights: want a constant"),
+        ({"weights": ZEROS - 1}, "weights: want finite numbers from 0 wherever completion_mask is true"),
+        ({"weights": ZEROS * math.nan}, "weights: want finite numbers from 0"),
+        ({"entropy_coef": 0.1}, "entropy_coef: want 0 without entropy"),
+        ({"entropy": ZEROS, "entropy_coef": math.nan}, "entropy_coef: want a finite number"),
+        ({"entropy": ZEROS.T}, r"entropy: want the shape \(2, 3\) of logps"),
     ],
 )
 def test_policy_loss_refuses(changes, words, backend):

@@ -87,7 +87,9 @@ def call_groups(f, t, **options):
     return f.linear_loss(*arguments, group_size=B, **options)
 
 
-def call_policy(f, t, on_policy=False, packed=False, **options):
+def call_policy(f, t, on_policy=False, packed=False, extras=False, **options):
+    if extras:
+        options |= {"weights": t["advantages"].sigmoid(), "ref_logps": t["old_logps"] - 0.2 * t["advantages"]}
     names = "hidden_states", "weight", "target_ids", "old_logps", "advantages", "completion_mask"
     arguments = {k: t[k] for k in names} | options
     if packed:
@@ -144,6 +146,7 @@ MANY = {"chunk_bytes": 500}  # of float32, 9 to 125 tokens by the rows of a shar
 FEW = {"chunk_bytes": 1}
 f64 = torch.float64
 sequence = {"importance_sampling_level": "sequence", "reduction": "seq-mean-token-mean"}
+everything = {"extras": True, "beta": 0.3, "kl_estimator": "k2", "kl_bias_correction": True, "entropy_coef": 0.1}
 calls = {"logps": call_logps, "loss": call_loss, "policy": call_policy}
 
 CASES: dict[str, Case] = {}
@@ -158,6 +161,11 @@ for dtype in (torch.float32, f64):
     CASES[f"entropy-{name}-frozen"] = Case(call_logps, dtype=dtype, learned=HIDDEN, options={"only": "entropy"})
     CASES[f"policy-{name}-sequence"] = Case(call_policy, dtype=dtype, options=sequence)
     CASES[f"policy-{name}-sequence-chunks"] = Case(call_policy, dtype=dtype, options=sequence, plan=FEW)
+    CASES[f"policy-{name}-everything"] = Case(call_policy, dtype=dtype, options=everything, plan=MANY)
+    CASES[f"policy-{name}-everything-sequence"] = Case(
+        call_policy, dtype=dtype, options=everything | sequence, plan=FEW
+    )
+    CASES[f"policy-{name}-everything-frozen"] = Case(call_policy, dtype=dtype, learned=HIDDEN, options=everything)
     CASES[f"policy-{name}-sequence-frozen"] = Case(call_policy, dtype=dtype, learned=HIDDEN, options=sequence)
 CASES |= {
     "logps-bfloat16": Case(call_logps, dtype=torch.bfloat16, plan=MANY),
