@@ -61,7 +61,7 @@ $(VENV)/installed-real: $(VENV)/installed
 
 # --no-deps: see requirements-parity.txt.
 $(VENV)/installed-parity: $(VENV)/installed requirements-parity.txt
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[parity]'
+	$(BIN)/pip install -q -c constraints.txt 'rpp-kernels[parity]'
 	$(BIN)/pip install -q --no-deps -r requirements-parity.txt
 	touch $@
 

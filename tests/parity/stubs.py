@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 
-NEVER_CALLED = frozenset(["aiohttp", "codetiming", "deepspeed", "peft", "pylatexenc", "ray", "tensordict", "vllm"])
+NEVER_CALLED = frozenset(
+    ["aiohttp", "codetiming", "deepspeed", "orjson", "peft", "pylatexenc", "ray", "tensordict", "vllm"]
+)
 # Packages whose __init__ pulls in models and clusters; their own modules are the real ones. The last is all cluster.
 WITHOUT_INIT = frozenset(["openrlhf.models", "openrlhf.utils"])
 CLUSTER = "openrlhf.trainer.ray"

@@ -641,7 +641,7 @@ BOUNDED = ("verl vanilla token-mean", "verl cispo", "verl sapo", "openrlhf dual 
 
 @pytest.mark.parametrize("row", [row for row in POLICY if row.id in BOUNDED])
 def test_ratios_beyond_what_is_exponentiated(row):
-    """verl and OpenRLHF clamp log-ratios to +-20 as we do, TRL and Liger do not. In float32 s (1 - s) of sapo cancels."""
-    batch = make(dtype=torch.float64)
+    """verl and OpenRLHF clamp log-ratios to +-20 as we do; TRL and Liger do not."""
+    batch = make(dtype=torch.float64)  # in float32 sapo's s (1 - s) cancels
     batch["old_logps"] = batch.logps + 40 * torch.randn(batch.logps.shape, generator=torch.Generator().manual_seed(3))
     assert distance(row, batch) <= 1
