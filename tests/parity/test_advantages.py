@@ -146,9 +146,15 @@ def grouped(**group_options):
     return ours
 
 
-def whitened(batch, returns, **changes):
+def gae_of_scores(batch, **options):
+    rewards = rpp.token_rewards(batch.scores.clamp(-1.5, 1.5), batch.kl, batch.completion_mask, beta=0.1)
+    return rpp.gae(rewards, batch.old_values, batch.completion_mask, gamma=0.97, gae_lambda=0.9, **options)
+
+
+def whitened(batch, advantages, returns=None, **changes):
     """Population variance, floored at 1e-8: the defaults of `whiten`."""
-    return rpp.whiten(returns, batch.completion_mask, **changes), returns
+    whitened = rpp.whiten(advantages, batch.completion_mask, **changes)
+    return whitened, advantages if returns is None else returns
 
 
 OPENRLHF = [
@@ -207,20 +213,22 @@ OPENRLHF = [
         lambda b: (clipped_returns(b, rpp.group_advantages(b.scores, group_size=len(b.scores))),) * 2,
     ),
     row(
-        "openrlhf gae",  # a hole in the mask is a step of time with a value of 0; ours has no such step
+        "openrlhf gae",  # a hole in the mask is a step of time with a value of 0
         lambda b: openrlhf("gae", group_size=1, gamma=0.97, gae_lambda=0.9, values=b.old_values)(b),
-        lambda b, **changes: whitened_gae_of_scores(b, **changes),
+        lambda b, **changes: whitened(b, *gae_of_scores(b, gap="step"), **changes),
+        exact=None,
+        options={"unbiased": False},
+        marks=needs("gae", "gap"),
+    ),
+    row(
+        "openrlhf gae, no holes",
+        lambda b: openrlhf("gae", group_size=1, gamma=0.97, gae_lambda=0.9, values=b.old_values)(b),
+        lambda b, **changes: whitened(b, *gae_of_scores(b), **changes),
         exact=None,
         options={"unbiased": False},
         holes=False,
     ),
 ]
-
-
-def whitened_gae_of_scores(batch, **changes):
-    rewards = rpp.token_rewards(batch.scores.clamp(-1.5, 1.5), batch.kl, batch.completion_mask, beta=0.1)
-    advantages, returns = rpp.gae(rewards, batch.old_values, batch.completion_mask, gamma=0.97, gae_lambda=0.9)
-    return rpp.whiten(advantages, batch.completion_mask, **changes), returns
 
 
 def trl(trainer, **options):
