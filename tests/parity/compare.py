@@ -1,6 +1,5 @@
 """One row of a parity table says the same thing twice: as the host says it, and with our public functions."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 from batches import Batch
 from torch import Tensor
 
-import rpp_kernels as rpp
 from rpp_kernels.testing import evaluate
 
 Call = Callable[[Batch], Tensor | tuple[Tensor, ...]]
@@ -26,8 +24,8 @@ class Row:
     options: dict[str, Any] | None = None  # of our call, where bugs can be planted in it
 
 
-def row(name: str, host: Call, ours: Call, *, marks: Any = (), **fields: Any) -> Any:
-    return pytest.param(Row(host, ours, **fields), id=name, marks=marks)
+def row(name: str, host: Call, ours: Call, **fields: Any) -> Any:
+    return pytest.param(Row(host, ours, **fields), id=name)
 
 
 def cases(rows: list[Any]) -> Any:
@@ -35,7 +33,7 @@ def cases(rows: list[Any]) -> Any:
 
     def decorated(test: Any) -> Any:
         parameters = [
-            pytest.param(*row.values, dtype, id=f"{row.id}-{str(dtype)[6:]}", marks=row.marks)
+            pytest.param(*row.values, dtype, id=f"{row.id}-{str(dtype)[6:]}")
             for row in rows
             for dtype in (torch.float32, torch.float64)
             if dtype == torch.float32 or row.values[0].exact is not None
@@ -43,13 +41,6 @@ def cases(rows: list[Any]) -> Any:
         return pytest.mark.parametrize("seed", [0, 1, 2])(pytest.mark.parametrize(("row", "dtype"), parameters)(test))
 
     return decorated
-
-
-def needs(function: str, *parameters: str) -> Any:
-    """Skips a row of what is not merged yet: a public function, or parameters of one."""
-    public = getattr(rpp, function, None)
-    absent = [function] if public is None else sorted(set(parameters) - inspect.signature(public).parameters.keys())
-    return pytest.mark.skipif(bool(absent), reason=f"{function} is not there yet: {', '.join(absent)}")
 
 
 def results(call: Call, batch: Batch, wrt: tuple[str, ...]) -> dict[str, Tensor]:

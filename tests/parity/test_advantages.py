@@ -3,7 +3,7 @@
 import hosts
 import torch
 from batches import GROUP_SIZE, make
-from compare import cases, distance, needs, row
+from compare import cases, distance, row
 
 import rpp_kernels as rpp
 
@@ -106,7 +106,6 @@ VERL = [
             ),
             b,
         ),
-        marks=needs("group_advantages", "lengths"),
     ),
     row(
         "verl gpg",
@@ -171,7 +170,6 @@ OPENRLHF = [
         lambda b, **changes: whitened(b, clipped_returns(b, b.scores, gamma=0.9, gap="step"), **changes),
         exact=None,
         options={"unbiased": False},
-        marks=needs("returns", "gap"),
     ),
     row(
         "openrlhf reinforce discounted, no holes",
@@ -218,7 +216,6 @@ OPENRLHF = [
         lambda b, **changes: whitened(b, *gae_of_scores(b, gap="step"), **changes),
         exact=None,
         options={"unbiased": False},
-        marks=needs("gae", "gap"),
     ),
     row(
         "openrlhf gae, no holes",

@@ -2,7 +2,7 @@
 
 import hosts
 from batches import GROUP_SIZE, make
-from compare import cases, distance, needs, row
+from compare import cases, distance, row
 
 import rpp_kernels as rpp
 
@@ -44,12 +44,11 @@ def kept(weights):
 
 
 BOUNDS = {"low": 0.7, "high": 1.5}
-MARKS = needs("rollout_weights")
 ROWS = [
-    row("verl token truncated", verl("token", 1.5), ours("token", "truncate", high=1.5), marks=MARKS),
-    row("verl token icepop", verl("token", "0.7_1.5"), ours("token", "mask", **BOUNDS), marks=MARKS),
-    row("verl sequence truncated", verl("sequence", 1.5), ours("sequence", "truncate", high=1.5), marks=MARKS),
-    row("verl sequence icepop", verl("sequence", "0.3_3"), ours("sequence", "mask", low=0.3, high=3.0), marks=MARKS),
+    row("verl token truncated", verl("token", 1.5), ours("token", "truncate", high=1.5)),
+    row("verl token icepop", verl("token", "0.7_1.5"), ours("token", "mask", **BOUNDS)),
+    row("verl sequence truncated", verl("sequence", 1.5), ours("sequence", "truncate", high=1.5)),
+    row("verl sequence icepop", verl("sequence", "0.3_3"), ours("sequence", "mask", low=0.3, high=3.0)),
     *[
         row(
             f"verl rejects by {kind}",  # its k1 is -log of the weight, so the bounds change places
@@ -57,7 +56,6 @@ ROWS = [
                 b.old_logps, b.sampling_logps, b.completion_mask, kind=kind, threshold="0.8_1.6"
             ),
             lambda b, level=level: kept(ours(level, "mask", low=1 / 1.6, high=1 / 0.8)(b)),
-            marks=MARKS,
         )
         for kind, level in [("token_k1", "token"), ("seq_sum_k1", "sequence"), ("seq_mean_k1", "geometric")]
     ],
@@ -67,7 +65,6 @@ ROWS = [
             trl(mode, low, high),
             ours(level, outside, low=low or 0.0, high=high),
             exact=None,  # the log-probs of the sampler are float32 always
-            marks=MARKS,
         )
         for mode, level, outside, low, high in [
             ("token_truncate", "token", "truncate", 0.7, 1.5),

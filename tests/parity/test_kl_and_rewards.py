@@ -2,7 +2,7 @@
 
 import hosts
 from batches import make
-from compare import cases, distance, needs, row
+from compare import cases, distance, row
 
 import rpp_kernels as rpp
 
@@ -85,7 +85,6 @@ REWARDS = [
         lambda b: rpp.overlong_penalty(b.completion_mask.sum(1), max_completion_length=9, buffer_length=4, scale=0.5),
         exact=None,
         holes=False,
-        marks=needs("overlong_penalty"),
     ),
     row(
         "trl overlong penalty",
@@ -93,7 +92,6 @@ REWARDS = [
         lambda b: rpp.overlong_penalty(b.completion_mask.sum(1), max_completion_length=9, buffer_length=4),
         exact=None,
         holes=False,
-        marks=needs("overlong_penalty"),
     ),
 ]
 

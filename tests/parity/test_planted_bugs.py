@@ -97,7 +97,7 @@ BUGS += [(row, bug) for row, options in changeable(LOSSES) for bug in wrong_divi
 
 @pytest.mark.parametrize(
     ("row", "changes"),
-    [pytest.param(*row.values, changes, id=f"{row.id}-{name}", marks=row.marks) for row, (name, changes) in BUGS],
+    [pytest.param(*row.values, changes, id=f"{row.id}-{name}") for row, (name, changes) in BUGS],
 )
 def test_options(row, changes):
     def ours(batch):

@@ -6,7 +6,7 @@ import hosts
 import pytest
 import torch
 from batches import GROUP_IDS, make
-from compare import cases, distance, needs, row
+from compare import cases, distance, row
 
 import rpp_kernels as rpp
 
@@ -25,17 +25,13 @@ def tensors(batch, old="old_logps", advantages="advantages"):
     return batch.logps, old and batch[old], batch[advantages], batch.completion_mask
 
 
-def policy(name, host, *, exact=1e-12, old="old_logps", advantages="advantages", wrt=LOGPS, also=(), **options):
+def policy(name, host, *, exact=1e-12, old="old_logps", advantages="advantages", wrt=LOGPS, **options):
     """A host's loss and our `policy_loss` with `options`; an option that is a function is given the batch."""
 
     def ours(batch, **changes):
         return rpp.policy_loss(*tensors(batch, old, advantages), **(filled(options, batch) | changes)).loss
 
-    newer = [
-        name for name in ("surrogate",) if old is None or options.get("importance_sampling_level") == "sequence-token"
-    ]
-    marks = [needs("policy_loss", *options, *newer), *also]
-    return row(name, host, ours, wrt=wrt, exact=exact, marks=marks, options=options)
+    return row(name, host, ours, wrt=wrt, exact=exact, options=options)
 
 
 def liger(name, host, *, old="old_logps", **options):
@@ -54,8 +50,7 @@ def liger(name, host, *, old="old_logps", **options):
             **(filled(options, batch) | changes),
         ).loss
 
-    marks = [needs("linear_policy_loss", *options)]
-    return row(f"liger {name}", host, ours, wrt=HEAD, exact=None, marks=marks, options=options)
+    return row(f"liger {name}", host, ours, wrt=HEAD, exact=None, options=options)
 
 
 def verl(mode, *, old="old_logps", advantages="advantages", **options):
@@ -208,13 +203,11 @@ VERL = [
         num_items_in_batch=lambda b: kept(
             b.logps, b.sampling_logps, b.completion_mask, "token", 1 / 1.5, 1 / 0.7
         ).sum(),
-        also=[needs("rollout_weights")],
     ),
     policy(
         "verl clip_cov, every candidate",  # the choice among candidates is random in both, so all of them are taken
         verl("clip_cov", policy_loss={"clip_cov_ratio": 1.0}),
         weights=lambda b: rpp.clip_cov_weights(*tensors(b), fraction=1.0),
-        also=[needs("clip_cov_weights")],
     ),
     row(
         "verl kl_cov",
@@ -231,7 +224,6 @@ VERL = [
             / b.completion_mask.sum()
         ),
         wrt=LOGPS,
-        marks=needs("kl_cov_mask"),
     ),
     policy(
         "verl vanilla, KL and entropy in the loss",
@@ -346,7 +338,6 @@ OPENRLHF = [
             f"openrlhf {name}",
             openrlhf(**correction(level, mode, 0.7, 1.5)),
             weights=rollout(ours_level, outside, 0.7, 1.5),
-            also=[needs("rollout_weights")],
         )
         for name, level, mode, ours_level, outside in [
             ("tis", "token", "clip", "token", "truncate"),
@@ -357,7 +348,6 @@ OPENRLHF = [
         "openrlhf seq-mask-tis",
         openrlhf(**correction("seq", "mask", 0.9, 1.1)),
         weights=sequence_masked(0.9, 1.1),
-        also=[needs("rollout_weights")],
     ),
     *[
         policy(
@@ -502,7 +492,6 @@ TRL = [
         weights=lambda b: rpp.top_entropy_mask(b.entropy, b.completion_mask, fraction=0.2).to(b.logps),
         ref_logps=lambda b: b.ref_logps,
         beta=0.1,
-        also=[needs("top_entropy_mask")],
     ),
     row(
         "trl rloo",  # one ratio for each sequence, of the sums: a batch of single tokens

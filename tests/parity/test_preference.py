@@ -2,7 +2,7 @@
 
 import hosts
 from batches import make
-from compare import cases, distance, needs, row
+from compare import cases, distance, row
 
 import rpp_kernels as rpp
 
@@ -53,8 +53,7 @@ def smoothing(loss_type):
     return {"label_smoothing": 0.1} if loss_type in SMOOTHED else {}
 
 
-MARKS = needs("dpo_loss")
-LOGPS = {"wrt": ("logps",), "marks": MARKS, "options": {"beta": BETA}}
+LOGPS = {"wrt": ("logps",), "options": {"beta": BETA}}
 ROWS = [
     row("openrlhf sigmoid", openrlhf(), ours("sigmoid"), **LOGPS),
     row("openrlhf smoothed", openrlhf(label_smoothing=0.1), ours("sigmoid", label_smoothing=0.1), **LOGPS),
@@ -73,7 +72,6 @@ ROWS = [
             wrt=("hidden_states", "weight"),
             exact=None,
             options={"beta": BETA},
-            marks=MARKS,
         )
         for name in LOSSES
     ],
