@@ -90,7 +90,7 @@ DIALECTS: dict[str, dict[str, Row]] = {
     "trl": _with(
         _TRL,
         {
-            "grpo": {},
+            "grpo": {"kl_bias_correction": True},
             "dr_grpo": {},
             "dapo": {"sequences": "all", "overlong_buffer": 0.0, "epsilon_high": 0.2},
             "gspo": {"epsilon_low": 0.2, "epsilon_high": 0.2},

@@ -42,12 +42,14 @@ def ours(host, name, groups, **loss_options):
     return call
 
 
-# What a recipe cannot be held to here: a filter that keeps groups of one, a random choice, a price on length.
+# What a recipe cannot be held to here: a filter that keeps groups of one, a random choice, a price on length; and a KL
+# that is off, or a clip range too narrow to be seen.
 CHANGES = {
     ("verl", "dapo"): {"sequences": "all", "overlong_buffer": 0.0},
     ("verl", "clip_cov"): {"token_fraction": 1.0},
     ("verl", "kl_cov"): {"token_fraction": 0.1},
     ("verl", "gspo"): {"epsilon_low": 0.03, "epsilon_high": 0.04},
+    ("trl", "grpo"): {"beta": 0.04},
 }
 
 
@@ -151,7 +153,7 @@ def tokens(b):
 
 
 TRL = {
-    "grpo": trl("grpo"),
+    "grpo": trl("grpo", beta=0.04, ref_logps=lambda b: b.ref_logps, use_bias_correction_kl=True),
     "dr_grpo": trl("dr_grpo", scale="none", max_completion_length=LENGTH),
     "dapo": trl("dapo", num_items_in_batch=tokens),
     "gspo": trl("grpo", importance_sampling_level="sequence"),
