@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import rpp_kernels as rpp
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -29,28 +32,30 @@ def test_make_targets_exist(page):
     assert {a or b for a, b in named} <= targets
 
 
-def test_the_example_of_the_readme_runs():
-    import torch
+def run_examples(page, names):
+    for example in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S):
+        exec(example, names)
 
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    B, S, H, V = 2, 5, 8, 11
+
+def test_the_examples_of_the_readme_and_of_algorithms_md_run():
+    B, S, H, V = 4, 5, 8, 11
     names = {
+        "rpp": rpp,
         "hidden_states": torch.randn(B, S, H, requires_grad=True),
         "lm_head": torch.nn.Linear(H, V),
+        "weight": torch.randn(V, H),
         "target_ids": torch.randint(V, (B, S)),
-        "completion_mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2]),
-        "scores": torch.tensor([1.0, -1.0]),
-        "old_logps": -torch.rand(B, S),
-        "ref_logps": -torch.rand(B, S),
+        "completion_mask": torch.arange(S) < torch.tensor([5, 3, 4, 5])[:, None],
+        "scores": torch.tensor([1.0, -1.0, 0.5, 0.0]),
+        **{name: -torch.rand(B, S) for name in ("logps", "old_logps", "ref_logps", "sampling_logps")},
     }
-    exec(example, names)
+    run_examples("README.md", names)
     assert names["hidden_states"].grad.isfinite().all()
+    run_examples("docs/algorithms.md", names)
+    assert names["loss"].isfinite()
 
 
 def test_the_examples_of_preference_md_run():
-    import torch
-
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/preference.md").read_text(), flags=re.S)
     P, S, H, V = 2, 5, 8, 11
     inside = torch.arange(S) < torch.tensor([5, 3, 4, 5])[:, None]
     names = {
@@ -65,6 +70,5 @@ def test_the_examples_of_preference_md_run():
     names |= {"completion_mask": inside, "cu_seqlens": torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0))}
     names["lm_head"] = torch.nn.Linear(H, V, bias=False)
     learned = [names[name].requires_grad_() for name in ("logps", "hidden_states")]
-    for example in examples:
-        exec(example, names)
+    run_examples("docs/preference.md", names)
     assert all(x.grad.isfinite().all() for x in learned)
