@@ -183,7 +183,7 @@ def _linear_pairs(f, x, mask, cu_seqlens):
 
 
 LEVEL = {"importance_sampling_level": "sequence"}
-LEVELS = ("token", "sequence", "sequence-token")
+LEVELS = ("token", "sequence", "sequence-token", "sequence-sum")
 # Tensors that policy_loss takes by keyword, and what a batch has for them.
 EXTRAS = {"weights": "temperature", "ref_logps": "ref_logps", "entropy": "kl"}
 SURROGATES = {
@@ -258,12 +258,6 @@ CALLS = {
     "reinforce_pp_advantages without KL": Call(partial(_reinforce_pp, ref=None, beta=0.0), ("scores",)),
     **{f"policy_loss {r}": Call(partial(_policy, reduction=r), ("logps",)) for r in REDUCTIONS},
     **{f"policy_loss sequence {r}": Call(partial(_policy, reduction=r, **LEVEL), ("logps",)) for r in REDUCTIONS},
-    **{
-        f"policy_loss sequence-sum {r}": Call(
-            partial(_policy, reduction=r, importance_sampling_level="sequence-sum"), ("logps",)
-        )
-        for r in ("token-mean", "seq-mean-token-mean", "none")
-    },
     "policy_loss dual clip": Call(partial(_policy, dual_clip=1.3, epsilon_high=0.1), ("logps",)),
     "policy_loss of an advantage for each sequence": Call(
         partial(_policy, advantages="scores", num_items_in_batch=7), ("logps",)

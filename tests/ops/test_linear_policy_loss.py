@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from calls import SURROGATES
+from calls import LEVELS, SURROGATES
 from test_linear import LEARNED, REDUCTIONS, V, batch, chunks_of, linear_policy_loss, tokens_multiplied, two_calls
 
 import rpp_kernels as rpp
@@ -34,7 +34,6 @@ KL = {
     "k3 with the gradient of k2": {"beta": 0.3, "kl_gradient": "k2", "kl_clamp": 0.2},
     "k1 constant, corrected": {"beta": 0.3, "kl_estimator": "k1", "kl_gradient": "none", "kl_bias_correction": True},
 }
-LEVELS = ("token", "sequence", "sequence-token")
 
 
 def batch_with_extras(**options):

@@ -103,10 +103,9 @@ def test_every_size_of_log_ratio(level, scale, device):
 @both_levels
 def test_every_length(S, level, device):
     x = make_batch(3, S, device=device)
-    # A mean of losses of both signs may be near 0: atol is half a unit in the last place of one token's loss. One ratio
-    # for all tokens of a sequence rounds to the same side each time that it is added: hence the ulps.
+    # A mean of losses of both signs may be near 0: atol is half a unit in the last place of one token's loss.
     call = partial(policy, importance_sampling_level=level)
-    assert_close_to_reference(call, x, ["logps"], atol=6e-8, ulps=64)
+    assert_close_to_reference(call, x, ["logps"], atol=6e-8)
     assert_close_to_reference(critic, x, ["values"])
 
 
@@ -340,7 +339,7 @@ def test_every_surrogate_with_everything_in_every_reduction(name, level, estimat
         kl = {"beta": 0.3, "kl_estimator": estimator, "kl_clamp": 0.1, "kl_bias_correction": True}
         return policy(f, x, **extras, **how, **kl, entropy_coef=0.1)
 
-    assert_close_to_reference(call, x, ["logps", "kl"], atol=6e-8)
+    assert_close_to_reference(call, x, ["logps", "kl"])
 
 
 @pytest.mark.kernels
@@ -399,6 +398,8 @@ def test_the_first_gradient_on_policy_is_that_of_reinforce(name, level, backend,
     logps = x["logps"].requires_grad_()
     loss = policy(rpp, x | {"old_logps": None}, surrogate=name, importance_sampling_level=level).loss
     want = torch.where(x["completion_mask"], -x["advantages"], 0.0) / x["completion_mask"].sum()
+    if level == "sequence-sum" and name in ("clip", "sapo"):  # each of n tokens moves the one ratio of all by the whole
+        want = want * x["completion_mask"].sum(1, keepdim=True)
     assert_close(torch.autograd.grad(loss, logps)[0], want)  # of sapo too: 4 sigmoid'(0) = 1 for every tau
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from batches import Batch, make
 from compare import distance
-from test_advantages import ADVANTAGES
+from test_host_advantages import ADVANTAGES
+from test_host_preference import ROWS as PREFERENCE
 from test_policy_losses import HEAD, LIGER, POLICY, VALUE
-from test_preference import ROWS as PREFERENCE
 
 import rpp_kernels as rpp
 

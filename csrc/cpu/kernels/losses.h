@@ -34,13 +34,13 @@ struct MeanLogRatio {
 template <Surrogate surrogate, class T>
 RPP_HD MeanLogRatio<T> mean_log_ratio(const PolicyArgs<T>& a, int64_t sequence, int64_t count,
                                       SurrogateOptions<Vector<T>> options) {
-  LaneSums<T, 2> sum;
-  sum.walk(a.cu_seqlens[sequence], a.cu_seqlens[sequence + 1], [&](int64_t i, int64_t n) {
+  vf64 plain{}, terms{};  // log-ratios of both signs cancel
+  for_each_vector<T>(a.cu_seqlens[sequence], a.cu_seqlens[sequence + 1], [&](int64_t i, int64_t n) {
     const auto x = load_policy(a, sequence, i, n);
-    sum.lane[0] += x.log_ratio;
-    sum.lane[1] += log_ratio_term<surrogate>(x.log_ratio, x.advantage, options).value;
+    plain += wide(x.log_ratio);
+    terms += wide(log_ratio_term<surrogate>(x.log_ratio, x.advantage, options).value);
   });
-  return {static_cast<T>(sum.total[0] / count), static_cast<T>(sum.total[1] / count)};
+  return {static_cast<T>(horizontal_sum(plain) / count), static_cast<T>(horizontal_sum(terms) / count)};
 }
 
 // The KL estimates of a block of tokens and their slopes: estimators are chosen outside of the loop, and not within the
@@ -79,7 +79,8 @@ RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
   const bool of_token = a.level == Level::token, shared = !of_token && a.level != Level::sequence_token;
   const int64_t count = a.level == Level::sequence_sum ? 1 : std::max<int64_t>(valid, 1);
   const auto mean = of_token ? MeanLogRatio<T>{} : mean_log_ratio<surrogate>(a, sequence, count, options);
-  LaneSums<T, 9> sum;
+  LaneSums<T, 7> sum;
+  vf64 losses{}, log_ratios{};  // of both signs: they cancel
   KlBlock<T> kl_of;
   for (int64_t start = begin; start < end; start += sum.kBlock) {
     const int64_t stop = std::min(start + sum.kBlock, end);
@@ -104,7 +105,7 @@ RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
           const V factor = a.kl_bias_correction ? beta * ratio.value : beta;
           loss += kl * factor, slope += kl_slope * factor;
           if (a.kl_bias_correction) through_kl = ratio.clamped ? zero : kl * factor;
-          sum.lane[6] += kl;
+          sum.lane[4] += kl;
         }
         if (a.entropy) {
           loss -= at(a.entropy) * a.entropy_coef;
@@ -113,8 +114,8 @@ RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
         if (a.dloss) weight *= at(a.dloss);
       }
       if (shared) {
-        sum.lane[7] += x.mask ? through * weight : zero;
-        if constexpr (extras) sum.lane[8] += x.mask ? through_kl * weight : zero;
+        sum.lane[5] += x.mask ? through * weight : zero;
+        if constexpr (extras) sum.lane[6] += x.mask ? through_kl * weight : zero;
       } else {
         slope += through;
         if constexpr (extras) slope += through_kl;
@@ -122,17 +123,17 @@ RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
       loss = x.mask ? loss : zero;
       store_tokens(a.slope, i, n, x.mask ? slope * weight : zero);
       if (a.loss) store_tokens(a.loss, i, n, loss);
-      sum.lane[0] += loss;
-      sum.lane[1] += s.clipped_low ? one : zero;
-      sum.lane[2] += s.clipped_high ? one : zero;
-      sum.lane[3] += s.dual_clipped ? one : zero;
-      sum.lane[4] += x.mask ? ratio.value : zero;
-      sum.lane[5] -= x.log_ratio;
+      losses += wide(loss);
+      sum.lane[0] += s.clipped_low ? one : zero;
+      sum.lane[1] += s.clipped_high ? one : zero;
+      sum.lane[2] += s.dual_clipped ? one : zero;
+      sum.lane[3] += x.mask ? ratio.value : zero;
+      log_ratios += wide(x.log_ratio);
     });
     sum.flush();
   }
   if (shared) {  // the ratio is one for all tokens, and each moves it by 1 / count
-    const V share = V{} + static_cast<T>(sum.total[7] / count), kl_share = V{} + static_cast<T>(sum.total[8] / count);
+    const V share = V{} + static_cast<T>(sum.total[5] / count), kl_share = V{} + static_cast<T>(sum.total[6] / count);
     for_each_vector<T>(begin, end, [&](int64_t i, int64_t n) {
       const auto x = load_policy(a, sequence, i, n);
       const V moves = log_ratio_term<surrogate>(x.log_ratio, x.advantage, options).slope;
@@ -140,15 +141,15 @@ RPP_HD void policy_sequence(const PolicyArgs<T>& a, int64_t sequence) {
       store_tokens(a.slope, i, n, x.mask ? slope : zero);
     });
   }
-  const double sums[kLossSums] = {sum.total[0] * sequence_weight,
+  const double sums[kLossSums] = {horizontal_sum(losses) * sequence_weight,
                                   double(valid),
                                   double(valid > 0),
+                                  sum.total[0],
                                   sum.total[1],
                                   sum.total[2],
                                   sum.total[3],
-                                  sum.total[4],
-                                  sum.total[5],
-                                  sum.total[6]};
+                                  -horizontal_sum(log_ratios),
+                                  sum.total[4]};
   std::copy_n(sums, kLossSums, a.sums + sequence * kLossSums);
 }
 
