@@ -18,7 +18,7 @@ demo-real: $(VENV)/installed-real  ## a few steps of SmolLM2-135M on reasoning-g
 	$(BIN)/rpp-train --config smollm2
 
 test: $(VENV)/installed  ## the tests, under ten minutes
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8
 
 test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, the wheel, aarch64
 	$(BIN)/python -m pytest -m slow

@@ -277,8 +277,8 @@ def policy_loss(
         "token"           exp(D_t)
         "sequence"        exp(mean D), one for each sequence, through which every token's loss moves every token of it
                           (GSPO, 2507.18071 eq. 7)
-        "sequence-sum"    exp(sum D), the ratio of the completion's probabilities; with "seq-mean-token-mean" the loss of
-                          a completion has it once (RLOO in TRL)
+        "sequence-sum"    exp(sum D), the ratio of whole completions; a loss has it once for each with the reduction
+                          "seq-mean-token-mean" (RLOO in TRL)
         "sequence-token"  that of "sequence", but each token's loss moves that token alone (GSPO-token, ibid. eq. 14)
 
     Args:
