@@ -24,6 +24,7 @@ from rpp_kernels.ops.groups import STDS, best_of_group, group_advantages, inform
 from rpp_kernels.ops.kl import ESTIMATORS, kl_penalty
 from rpp_kernels.ops.policy_loss import LEVELS, REDUCTIONS, SURROGATES, policy_loss
 from rpp_kernels.ops.preference import LOSS_TYPES, copg_loss, dpo_loss
+from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.ops.rewards import normalize_rewards, overlong_penalty, token_rewards
 from rpp_kernels.ops.rollout import rollout_weights
 from rpp_kernels.ops.running_mean import RunningMean
@@ -268,7 +269,8 @@ class Recipe:
             lengths=_sequence_sums(completion_mask.long(), starts),
             worth=scores,
         )
-        for step in (_kept, _scored, _compared, _over_time, _whitened):
+        steps = (_compared, _fused) if self._is_fused else (_paid, _compared, _over_time, _whitened)
+        for step in (_kept, _scored, *steps):
             rollout = step(self, rollout)
         return Worth(rollout.worth, rollout.mask, rollout.scores, rollout.targets)
 
@@ -419,6 +421,13 @@ class Recipe:
             found.append((inside.weights > 0).to(inside.weights.dtype))
         return found
 
+    @property
+    def _is_fused(self) -> bool:
+        """Whether `reinforce_pp_advantages` does all that follows the baseline."""
+        steps = self.time, self.gap, self.whiten, self.whiten_unbiased, self.whiten_eps_mode
+        paid = self.kl_place in ("none", "reward", "loss")
+        return paid and steps == ("returns", "carry", "tokens", False, "floor")
+
     def _need(self, name: str, x: Any) -> Any:
         if x is None:
             fail(name, f"a value: {self.name!r} is made of it", None)
@@ -470,8 +479,8 @@ def _kept(recipe: Recipe, r: _Rollout) -> _Rollout:
 
 
 def _scored(recipe: Recipe, r: _Rollout) -> _Rollout:
-    """Penalties, z-score, clip, scale, and the KL that is no part of the loss."""
-    scores, kl = r.scores, None
+    """Penalty, z-score, clip and scale."""
+    scores = r.scores
     if recipe.overlong_buffer:
         longest = recipe._need("max_completion_length", r.max_completion_length)
         buffer = max(round(recipe.overlong_buffer * longest), 1)
@@ -481,12 +490,18 @@ def _scored(recipe: Recipe, r: _Rollout) -> _Rollout:
         scores = normalize_rewards(
             scores, zscore=recipe.reward_zscore, clip=clip, scale=recipe.reward_scale, process_group=r.process_group
         )
-    if recipe.beta and recipe.kl_place in ("score", "reward", "token"):
-        old, ref = recipe._need("old_logps", r.old_logps), recipe._need("ref_logps", r.ref_logps)
-        kl = kl_penalty(old.detach(), ref.detach(), r.mask, estimator=recipe.kl_estimator, kl_clamp=recipe.kl_clamp)
-        if recipe.kl_place == "score":
-            scores, kl = scores - recipe.beta * _sequence_sums(kl, r.starts), None  # paid
-    return r.but(scores=scores, kl=kl)
+    return r.but(scores=scores, worth=scores)
+
+
+def _paid(recipe: Recipe, r: _Rollout) -> _Rollout:
+    """The KL that is no part of the loss: off the score here, or for later."""
+    if not recipe.beta or recipe.kl_place in ("none", "loss"):
+        return r
+    old, ref = _policies(recipe, r)
+    kl = kl_penalty(old, ref, r.mask, estimator=recipe.kl_estimator, kl_clamp=recipe.kl_clamp)
+    if recipe.kl_place != "score":
+        return r.but(kl=kl)
+    return r.but(scores=r.scores - recipe.beta * _sequence_sums(kl, r.starts))
 
 
 def _compared(recipe: Recipe, r: _Rollout) -> _Rollout:
@@ -539,6 +554,32 @@ def _over_time(recipe: Recipe, r: _Rollout) -> _Rollout:
         cu_seqlens=r.cu_seqlens,
     )
     return r.but(worth=worth, targets=targets)
+
+
+def _fused(recipe: Recipe, r: _Rollout) -> _Rollout:
+    """`_paid`, `_over_time` and `_whitened` in one, for the REINFORCE++ of the paper."""
+    beta = recipe.beta if recipe.kl_place == "reward" else 0.0
+    old, ref = _policies(recipe, r) if beta else (torch.zeros_like(r.mask, dtype=r.worth.dtype), None)
+    worth = reinforce_pp_advantages(
+        r.worth,
+        old,
+        ref,
+        r.mask,
+        beta=beta,
+        gamma=recipe.gamma,
+        kl_estimator=recipe.kl_estimator,
+        kl_clamp=recipe.kl_clamp,
+        eps=recipe.whiten_eps,
+        cu_seqlens=r.cu_seqlens,
+        process_group=r.process_group,
+    )
+    return r.but(worth=worth)
+
+
+def _policies(recipe: Recipe, r: _Rollout) -> tuple[Tensor, Tensor]:
+    """Log-probs of the policy that sampled and of the reference."""
+    old, ref = recipe._need("old_logps", r.old_logps), recipe._need("ref_logps", r.ref_logps)
+    return old.detach(), ref.detach()
 
 
 def _whitened(recipe: Recipe, r: _Rollout) -> _Rollout:
