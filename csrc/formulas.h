@@ -264,10 +264,9 @@ RPP_HD SurrogateLoss<F> reinforce_surrogate(PolicyToken<F> t) {
 template <class F>
 RPP_HD SurrogateLoss<F> cispo_surrogate(PolicyToken<F> t, SurrogateOptions<F> o) {  // epsilon_low, epsilon_high
   const F bottom = num<F>(1) - o.at[0], top = num<F>(1) + o.at[1], ratio = t.ratio.value;
-  const Mask<F> low = (t.advantage != F{}) & (ratio < bottom);
-  const Mask<F> high = (t.advantage != F{}) & (ratio > top);
+  const Mask<F> counts = t.advantage != F{}, low = ratio<bottom, high = ratio> top;
   const F slope = -(low ? bottom : (high ? top : ratio)) * t.advantage;
-  return {.loss = slope * t.logp, .logp_slope = slope, .clipped_low = low, .clipped_high = high};
+  return {.loss = slope * t.logp, .logp_slope = slope, .clipped_low = counts & low, .clipped_high = counts & high};
 }
 
 template <class F>

@@ -5,7 +5,7 @@ tensor's values run on CPU tensors only, and never under torch.compile: on an ac
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def fail(name: str, wanted: str, got: object) -> None:
+def fail(name: str, wanted: str, got: object) -> NoReturn:
     raise ValueError(f"{name}: want {wanted}, got {got}")
 
 

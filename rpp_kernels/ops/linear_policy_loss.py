@@ -209,7 +209,7 @@ def linear_policy_loss(
     starts = check_loss("target_ids", like, constants, completion_mask, *mean, cu_seqlens)
     check_advantages(advantages, like, starts.shape[0] - 1, cu_seqlens)
     check_weights(weights, completion_mask)
-    numbers, modes = check_options(options, ref_logps)
+    numbers, modes = check_options(options, ref_logps is not None)
     policy: dict[str, Any] = options.by_name() | {
         "weights": weights,
         "ref_logps": ref_logps,

@@ -340,7 +340,7 @@ def policy_loss(
     starts = check_loss("logps", logps, constants, completion_mask, *mean, cu_seqlens)
     check_advantages(advantages, logps, starts.shape[0] - 1, cu_seqlens)
     check_weights(weights, completion_mask)
-    numbers, modes = check_options(options, ref_logps)
+    numbers, modes = check_options(options, ref_logps is not None)
     if entropy is not None:
         check_like("entropy", entropy, "logps", logps)
     elif entropy_coef != 0:
@@ -383,7 +383,7 @@ def policy_loss(
     return PolicyLoss(result.view(logps.shape if reduction == "none" else ()), named)
 
 
-def check_options(options: PolicyOptions, ref_logps: Tensor | None) -> tuple[PolicyNumbers, PolicyModes]:
+def check_options(options: PolicyOptions, with_ref: bool) -> tuple[PolicyNumbers, PolicyModes]:
     """The options as kernels take them."""
     check_choice("surrogate", options.surrogate, tuple(SURROGATES))
     known, levels = SURROGATES[options.surrogate]
@@ -403,7 +403,7 @@ def check_options(options: PolicyOptions, ref_logps: Tensor | None) -> tuple[Pol
         fail("importance_sampling_level", wanted, repr(options.importance_sampling_level))
     check_number("beta", options.beta, "a finite number from 0", 0, LARGEST)
     check_number("entropy_coef", options.entropy_coef, "a finite number", -LARGEST, LARGEST)
-    _check_kl(options, ref_logps)
+    _check_kl(options, with_ref)
     floats = options.log_ratio_clamp, options.beta, INFINITY if options.kl_clamp is None else options.kl_clamp
     return (
         PolicyNumbers._make([*numbers, *[0.0] * (4 - len(numbers)), *floats, options.entropy_coef]),
@@ -417,18 +417,24 @@ def check_options(options: PolicyOptions, ref_logps: Tensor | None) -> tuple[Pol
     )
 
 
-_WITHOUT_KL = {"beta": 0, "kl_estimator": "k3", "kl_gradient": None, "kl_clamp": None, "kl_bias_correction": False}
+WITHOUT_KL: dict[str, Any] = {
+    "beta": 0,
+    "kl_estimator": "k3",
+    "kl_gradient": None,
+    "kl_clamp": None,
+    "kl_bias_correction": False,
+}
 
 
-def _check_kl(options: PolicyOptions, ref_logps: Tensor | None) -> None:
+def _check_kl(options: PolicyOptions, with_ref: bool) -> None:
     check_choice("kl_estimator", options.kl_estimator, [name for name in ESTIMATORS if name != "none"])
     if options.kl_gradient is not None:
         check_choice("kl_gradient", options.kl_gradient, list(ESTIMATORS))
     check_clamps(options.log_ratio_clamp, options.kl_clamp)
     if not isinstance(options.kl_bias_correction, bool):
         fail("kl_bias_correction", "a bool", repr(options.kl_bias_correction))
-    if ref_logps is None:
-        for name, default in _WITHOUT_KL.items():
+    if not with_ref:
+        for name, default in WITHOUT_KL.items():
             if getattr(options, name) != default:
                 fail(name, f"{default!r} without ref_logps", repr(getattr(options, name)))
 

@@ -106,7 +106,7 @@ def sum_over_ranks(stats: Stats, process_group: "ProcessGroup | None") -> Stats:
     """
     if not hasattr(stats, "_fields"):
         fail("stats", "a NamedTuple of tensors", type(stats).__name__)
-    for name, x in zip(stats._fields, stats, strict=True):  # type: ignore[attr-defined]
+    for name, x in zip(stats._fields, stats, strict=True):
         if not isinstance(x, Tensor) or x.dtype not in (*FLOATS, torch.int64, torch.int32):
             fail(f"stats.{name}", "a tensor of floats, int64 or int32", describe(x))
         check_constant(f"stats.{name}", x)

@@ -1,6 +1,7 @@
 """An algorithm as a point on independent axes, and how it turns a rollout into advantages and a loss."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from rpp_kernels.ops.advantages import EPS_MODES, GAPS, gae, returns, whiten
 from rpp_kernels.ops.checks import (
     check_choice,
     check_floats,
+    check_integer,
+    check_like,
+    check_number,
     check_shape,
     describe,
     fail,
@@ -22,19 +26,27 @@ from rpp_kernels.ops.checks import (
 )
 from rpp_kernels.ops.groups import STDS, best_of_group, group_advantages, informative_groups
 from rpp_kernels.ops.kl import ESTIMATORS, kl_penalty
-from rpp_kernels.ops.policy_loss import LEVELS, REDUCTIONS, SURROGATES, policy_loss
+from rpp_kernels.ops.linear_policy_loss import linear_policy_loss
+from rpp_kernels.ops.policy_loss import (
+    LEVELS,
+    OPTIONS,
+    REDUCTIONS,
+    SURROGATES,
+    WITHOUT_KL,
+    PolicyOptions,
+    check_options,
+    policy_loss,
+)
 from rpp_kernels.ops.preference import LOSS_TYPES, copg_loss, dpo_loss
 from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages
 from rpp_kernels.ops.rewards import normalize_rewards, overlong_penalty, token_rewards
 from rpp_kernels.ops.rollout import rollout_weights
 from rpp_kernels.ops.running_mean import RunningMean
 from rpp_kernels.ops.selection import clip_cov_weights, kl_cov_mask, top_entropy_mask
-from rpp_kernels.reference import CoPGLoss, PolicyLoss, PreferenceLoss
+from rpp_kernels.reference import CoPGLoss, LinearPolicyLoss, PolicyLoss, PreferenceLoss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Overrides = dict[str, Any]
 
 
 class Worth(NamedTuple):
@@ -73,6 +85,28 @@ _CHOICES: dict[str, Sequence[Any]] = {
     "token_selection": ("none", "top-entropy", "clip-cov", "kl-cov"),
     "rollout_level": ("none", "token", "sequence", "geometric"),
     "rollout_mask": ("none", "token", "sequence", "geometric"),
+}
+
+
+_OF_KL = tuple(WITHOUT_KL)
+# What a recipe is called: no axis.
+NAMING = ("name", "paper", "equation", "dialect")
+INFINITY = float("inf")
+_POSITIVE, _FROM_0 = ("a positive number", 0, INFINITY, True), ("a number from 0", 0, INFINITY, False)
+_RANGES = {
+    "reward_scale": ("a positive finite number", 0, 1e30, True),
+    "overlong_buffer": ("a share of max_completion_length, from 0 to 1", 0, 1, False),
+    "std_eps": _POSITIVE,
+    "gamma": ("a number from 0 to 1", 0, 1, False),
+    "gae_lambda": ("a number from 0 to 1", 0, 1, False),
+    "whiten_eps": _POSITIVE,
+    "kl_clamp": _POSITIVE,
+    "beta": ("a finite number from 0", 0, 1e30, False),
+    "token_fraction": ("a share of the tokens, above 0 and up to 1", 0, 1, True),
+    "rollout_low": _FROM_0,
+    "rollout_high": _POSITIVE,
+    "rollout_mask_low": _FROM_0,
+    "rollout_mask_high": _POSITIVE,
 }
 
 
@@ -169,6 +203,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
             check_choice(field, getattr(self, field), choices)
+        for field, (wanted, low, high, open_low) in _RANGES.items():
+            if getattr(self, field) is not None:
+                check_number(field, getattr(self, field), wanted, low, high, open_low=open_low)
         for reason, wrong in {
             'kl_place: "reward" needs returns or gae': self.kl_place == "reward" and self.time == "sequence",
             'kl_place: "token" needs time "sequence"': self.kl_place == "token" and self.time != "sequence",
@@ -176,30 +213,74 @@ class Recipe:
             'kl_bias_correction: needs kl_place "loss"': self.kl_bias_correction and self.kl_place != "loss",
             "std: needs the baseline of a group": self.std != "none" and self.baseline not in _OF_GROUPS,
             'whiten: "sequences" needs time "sequence"': self.whiten == "sequences" and self.time != "sequence",
+            "beta: a loss of preferences needs a positive one": self.loss_function != "policy" and not self.beta,
         }.items():
             if wrong:
                 raise ValueError(f"{reason}, in the recipe {self.name!r}")
+        in_loss = self._pays_in_loss
+        if self.loss_function == "policy":
+            options: dict[str, Any] = {name: getattr(self, name) for name in PolicyOptions._fields}
+            check_options(PolicyOptions(**(options if in_loss else options | WITHOUT_KL)), in_loss)
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Fields that have no effect where the others stand, and why."""
+        off = {
+            "no KL is paid: kl_place is 'none'": ("kl_place", "none", _OF_KL),
+            "the KL is not in the loss": ("kl_place", "score reward token", ("kl_gradient", "kl_bias_correction")),
+            "time is 'sequence'": ("time", "sequence", ("gamma", "gap")),
+            "time is not 'gae'": ("time", "sequence returns", ("gae_lambda",)),
+            "std is 'none'": ("std", "none", ("std_unbiased", "std_eps")),
+            "the baseline is not one of groups": (
+                "baseline",
+                "none greedy running-mean critic unit",
+                ("singleton",),
+            ),
+            "every advantage is 1": (
+                "baseline",
+                "unit",
+                ("reward_zscore", "reward_clip", "reward_scale", "overlong_buffer"),
+            ),
+            "whiten is 'none'": ("whiten", "none", ("whiten_unbiased", "whiten_eps", "whiten_eps_mode")),
+            "token_selection is 'none'": ("token_selection", "none", ("token_fraction",)),
+            "rollout_level is 'none'": ("rollout_level", "none", ("rollout_low", "rollout_high")),
+            "rollout_mask is 'none'": ("rollout_mask", "none", ("rollout_mask_low", "rollout_mask_high")),
+        }
+        idle = {
+            name: reason
+            for reason, (field, values, names) in off.items()
+            if getattr(self, field) in values.split()
+            for name in names
+        }
+        preferences = {"dpo": ("preference", "length_normalized"), "copg": (), "policy": ()}[self.loss_function]
+        if self.loss_function == "policy":
+            return idle | dict.fromkeys(("preference", "length_normalized"), "it is not a loss of preferences")
+        used = (*NAMING, "beta", "loss_function", *preferences)
+        others = [field.name for field in dataclasses.fields(self) if field.name not in used]
+        return dict.fromkeys(
+            others, f"it is a loss of preferences, whose options are {', '.join(('beta', *preferences))}"
+        )
+
+    @property
+    def _pays_in_loss(self) -> bool:
+        return self.kl_place == "loss" and self.beta > 0
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """The keyword arguments of `policy_loss` and `linear_policy_loss` that this recipe stands for.
+        """The keyword arguments of `policy_loss` and `linear_policy_loss` that are constants of this recipe.
 
-        Without those that are tensors: `weights` and, for a KL in the loss, `ref_logps` (`loss` makes them).
+        The tensors that belong to it, `loss` and `linear_loss` add: `ref_logps`, `entropy` and token weights.
         """
         self._want_loss("policy")
-        in_loss = self.kl_place == "loss"
         options: dict[str, Any] = {
             "surrogate": self.surrogate,
             "importance_sampling_level": self.importance_sampling_level,
             "log_ratio_clamp": self.log_ratio_clamp,
             "reduction": self.reduction,
         }
-        for name in ("epsilon_low", "epsilon_high", "dual_clip", "tau_positive", "tau_negative"):
-            if getattr(self, name) is not None:
-                options[name] = getattr(self, name)
-        if in_loss and self.beta:
-            for name in ("beta", "kl_estimator", "kl_gradient", "kl_clamp", "kl_bias_correction"):
-                options[name] = getattr(self, name)
+        options |= {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
+        if self._pays_in_loss:
+            options |= {name: getattr(self, name) for name in _OF_KL}
         if self.entropy_coef:
             options["entropy_coef"] = self.entropy_coef
         return options
@@ -306,17 +387,13 @@ class Recipe:
         Raises:
             ValueError: something that the recipe needs is missing, or an argument is not as above.
         """
-        options = self.loss_options
-        if "beta" in options and self.token_selection != "kl-cov":
-            options["ref_logps"] = self._need("ref_logps", ref_logps)
+        check_floats("logps", logps, (1, 2))
+        options = self._with_tensors(
+            old_logps, completion_mask, ref_logps, sampling_logps, max_completion_length, cu_seqlens
+        )
         if "entropy_coef" in options:
             options["entropy"] = self._need("entropy", entropy)
-        if self.reduction == "seq-mean-token-sum-norm":
-            options["max_completion_length"] = max_completion_length
-        weights = []
-        if self.rollout_level != "none" or self.rollout_mask != "none":
-            old, sampled = self._need("old_logps", old_logps), self._need("sampling_logps", sampling_logps)
-            weights += self._rollout_weights(old, sampled, completion_mask, cu_seqlens)
+        weights = [options["weights"]] if "weights" in options else []
         if self.token_selection == "top-entropy":
             uncertain = self._need("entropy", entropy).detach()
             chosen = top_entropy_mask(
@@ -354,6 +431,51 @@ class Recipe:
             **options,
         )
 
+    def linear_loss(
+        self,
+        hidden_states: Tensor,  # (B, S, H) or (T, H)
+        weight: Tensor,  # (V, H)
+        target_ids: Tensor,  # (B, S) or (T,) int64
+        old_logps: Tensor | None,  # same
+        advantages: Tensor,  # as `advantages` gives them
+        completion_mask: Tensor | None = None,  # same, bool
+        *,
+        ref_logps: Tensor | None = None,  # same
+        sampling_logps: Tensor | None = None,  # same
+        num_items_in_batch: float | Tensor | None = None,
+        max_completion_length: int | None = None,
+        cu_seqlens: Tensor | None = None,  # (B+1,)
+        **head: Any,
+    ) -> LinearPolicyLoss:
+        """`linear_policy_loss(hidden_states, weight, ..., **recipe.loss_options)`, with the extras.
+
+        Args:
+            head: the options of `linear_policy_loss` that say how logits are made: `bias`, `temperature` and others.
+            the others: as in `loss`.
+
+        Raises:
+            ValueError: as in `loss`; and for a recipe that chooses tokens by their log-probs or entropies, which are
+                not known before: `linear_logps`, then `loss`.
+        """
+        if self.token_selection != "none":
+            wanted = f"'none', for {self.token_selection!r} needs log-probs first: linear_logps, then loss"
+            fail("token_selection", wanted, repr(self.token_selection))
+        options = self._with_tensors(
+            old_logps, completion_mask, ref_logps, sampling_logps, max_completion_length, cu_seqlens
+        )
+        return linear_policy_loss(
+            hidden_states,
+            weight,
+            target_ids,
+            old_logps,
+            advantages,
+            completion_mask,
+            num_items_in_batch=num_items_in_batch,
+            cu_seqlens=cu_seqlens,
+            **options,
+            **head,
+        )
+
     def preference_loss(
         self,
         logps: Tensor,  # (B, S) or (T,)
@@ -386,7 +508,7 @@ class Recipe:
         self._want_loss("dpo")
         return dpo_loss(
             logps,
-            ref_logps,
+            self._need("ref_logps", ref_logps),
             completion_mask,
             beta=self.beta,
             loss_type=self.preference,
@@ -395,31 +517,34 @@ class Recipe:
             cu_seqlens=cu_seqlens,
         )
 
-    def _rollout_weights(
-        self, old_logps: Tensor, sampling_logps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> list[Tensor]:
-        arguments = old_logps.detach(), sampling_logps.detach(), mask
-        found = []
+    def _with_tensors(
+        self,
+        old_logps: Tensor | None,
+        mask: Tensor | None,
+        ref_logps: Tensor | None,
+        sampling_logps: Tensor | None,
+        max_completion_length: int | None,
+        cu_seqlens: Tensor | None,
+    ) -> dict[str, Any]:
+        """`loss_options` with the reference, the longest length and the weights against the rollout engine."""
+        options = self.loss_options
+        if "beta" in options and self.token_selection != "kl-cov":
+            options["ref_logps"] = self._need("ref_logps", ref_logps)
+        if self.reduction == "seq-mean-token-sum-norm":
+            options["max_completion_length"] = max_completion_length
+        if self.rollout_level == self.rollout_mask == "none":
+            return options
+        old, sampled = self._need("old_logps", old_logps), self._need("sampling_logps", sampling_logps)
+        weigh = functools.partial(rollout_weights, old.detach(), sampled.detach(), mask, cu_seqlens=cu_seqlens)
+        weights = []
         if self.rollout_level != "none":
-            truncated = rollout_weights(
-                *arguments,
-                level=self.rollout_level,
-                low=self.rollout_low,
-                high=self.rollout_high,
-                cu_seqlens=cu_seqlens,
-            )
-            found.append(truncated.weights)
+            weights.append(weigh(level=self.rollout_level, low=self.rollout_low, high=self.rollout_high).weights)
         if self.rollout_mask != "none":
-            inside = rollout_weights(
-                *arguments,
-                level=self.rollout_mask,
-                outside="mask",
-                low=self.rollout_mask_low,
-                high=self.rollout_mask_high,
-                cu_seqlens=cu_seqlens,
-            )
-            found.append((inside.weights > 0).to(inside.weights.dtype))
-        return found
+            inside = weigh(
+                level=self.rollout_mask, outside="mask", low=self.rollout_mask_low, high=self.rollout_mask_high
+            ).weights
+            weights.append((inside > 0).to(inside.dtype))
+        return options | {"weights": math.prod(weights[1:], start=weights[0])}
 
     @property
     def _is_fused(self) -> bool:
@@ -428,15 +553,15 @@ class Recipe:
         paid = self.kl_place in ("none", "reward", "loss")
         return paid and steps == ("returns", "carry", "tokens", False, "floor")
 
-    def _need(self, name: str, x: Any) -> Any:
-        if x is None:
-            fail(name, f"a value: {self.name!r} is made of it", None)
+    def _need(self, name: str, x: Tensor | None) -> Tensor:
+        if not isinstance(x, Tensor):
+            fail(name, f"a tensor: the recipe {self.name!r} needs it", describe(x))
         return x
 
     def _want_loss(self, function: str) -> None:
         if self.loss_function != function:
             method = "advantages and loss" if self.loss_function == "policy" else "preference_loss"
-            raise ValueError(f"the recipe {self.name!r} is one of {self.loss_function} losses: use its {method}")
+            raise ValueError(f"the recipe {self.name!r} has another kind of loss: use its {method}")
 
 
 # ---------------------------------------------------------------- the steps from scores to advantages
@@ -482,7 +607,10 @@ def _scored(recipe: Recipe, r: _Rollout) -> _Rollout:
     """Penalty, z-score, clip and scale."""
     scores = r.scores
     if recipe.overlong_buffer:
-        longest = recipe._need("max_completion_length", r.max_completion_length)
+        longest = r.max_completion_length
+        if longest is None:
+            fail("max_completion_length", f"a number of tokens, which {recipe.name!r} penalises from", None)
+        check_integer("max_completion_length", longest, "a positive integer", 1)
         buffer = max(round(recipe.overlong_buffer * longest), 1)
         scores = scores + overlong_penalty(r.lengths, max_completion_length=longest, buffer_length=buffer)
     clip = None if recipe.reward_clip_after_baseline else recipe.reward_clip
@@ -519,9 +647,13 @@ def _compared(recipe: Recipe, r: _Rollout) -> _Rollout:
             **r.groups,
         )
     elif recipe.baseline == "greedy":
-        worth = worth - recipe._need("greedy_scores", r.greedy_scores).detach()
+        greedy = recipe._need("greedy_scores", r.greedy_scores)
+        check_like("greedy_scores", greedy, "scores", r.scores)
+        worth = worth - greedy.detach()
     elif recipe.baseline == "running-mean":
-        worth = worth - recipe._need("running_mean", r.running_mean).mean.to(worth.dtype)
+        if not isinstance(r.running_mean, RunningMean):
+            fail("running_mean", f"a RunningMean, for the baseline of {recipe.name!r}", describe(r.running_mean))
+        worth = worth - r.running_mean.mean.to(worth.dtype)
     elif recipe.baseline == "unit":
         worth = torch.ones_like(worth)
     if recipe.reward_clip is not None and recipe.reward_clip_after_baseline:

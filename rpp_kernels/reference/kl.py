@@ -39,4 +39,5 @@ def kl_penalty(
     if gradient == "none":
         return value.detach()
     differentiated = estimate(gradient)
-    return value.detach() + (differentiated - differentiated.detach())
+    # An infinite estimate has no gradient to give.
+    return value.detach() + select(differentiated - differentiated.detach(), differentiated.isfinite())

@@ -111,7 +111,8 @@ def _sapo(x: PolicyTokens, tau_positive: float = 1.0, tau_negative: float = 1.05
 
 def _gmpo(x: PolicyTokens, epsilon_low: float = 0.4, epsilon_high: float = 0.4) -> SurrogateLoss:
     d, a, sign = x.log_ratio, x.advantages, x.advantages.sign()
-    ratio = x.ratio_of(sign * torch.minimum(sign * d, sign * d.clamp(-epsilon_low, epsilon_high)))
+    terms = sign * torch.minimum(sign * d, sign * d.clamp(-epsilon_low, epsilon_high))
+    ratio = x.ratio_of(torch.where(a == 0, 0.0, terms))
     return SurrogateLoss(-a * ratio, (a < 0) & (d < -epsilon_low), (a > 0) & (d > epsilon_high))
 
 

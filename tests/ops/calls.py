@@ -333,6 +333,7 @@ STRAIGHT_THROUGH = (
 
 
 def is_straight_through(name: str) -> bool:
+    # A loss that does not read the ratio has the same gradient at every level.
     return name.startswith(STRAIGHT_THROUGH) or ("sequence-token" in name and "reinforce" not in name)
 
 

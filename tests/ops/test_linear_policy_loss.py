@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from calls import LEVELS, SURROGATES
+from calls import BOUNDS, LEVELS, SURROGATES
 from test_linear import LEARNED, REDUCTIONS, V, batch, chunks_of, linear_policy_loss, tokens_multiplied, two_calls
 
 import rpp_kernels as rpp
@@ -66,6 +66,7 @@ def test_it_is_the_two_calls_in_value_and_gradient(name, level, kl, entropy_coef
     x = batch_with_extras(device=device)
     extras = ("weights", "ref_logps") if kl else ("weights",)
     options = {"surrogate": name, "importance_sampling_level": level, "entropy_coef": entropy_coef, **kl, **how}
+    options |= BOUNDS.get(name, {})
     assert_equal_to_two_calls(x, learned, extras=extras, **options)
 
 
@@ -86,6 +87,7 @@ def test_it_is_the_two_calls_in_every_reduction(name, level, reduction, packed, 
 def test_it_is_the_spec(name, level, dtype, device):
     x = batch_with_extras(dtype=dtype, device=device)
     options = {"surrogate": name, "importance_sampling_level": level, "beta": 0.1, "entropy_coef": 0.1}
+    options |= BOUNDS.get(name, {})
     call = partial(called, chunk_bytes=chunks_of(16), **options)
     # Half a unit in the last place of one token's loss, of which the mean may be near 0.
     assert_close_to_reference(call, x, LEARNED[:3], atol=6e-8)

@@ -1,17 +1,18 @@
 """policy_loss and value_loss beyond test_every_op.py: every reduction, clip and level, statistics, errors."""
 
+import dataclasses
 import inspect
 import math
 from functools import partial
 
 import pytest
 import torch
-from calls import LEVELS
+from calls import BOUNDS, LEVELS
 from calls import SURROGATES as CALLED
 
 import rpp_kernels as rpp
 from rpp_kernels import reference
-from rpp_kernels.ops.policy_loss import SURROGATES
+from rpp_kernels.ops.policy_loss import OPTIONS, SURROGATES
 from rpp_kernels.reference.policy_loss import SURROGATES as SPEC_SURROGATES
 from rpp_kernels.testing import assert_close_to_reference, evaluate, make_batch
 
@@ -322,6 +323,11 @@ def test_options_and_defaults_of_surrogates_are_those_of_the_spec():
         assert [(k, option.default) for k, option in options.items()] == [(p.name, p.default) for p in spec]
         assert set(levels) == set(CALLED[name])
         assert len(options) <= 4
+        assert not options or name == "clip" or name in BOUNDS
+        for function in (rpp.policy_loss, rpp.linear_policy_loss):
+            assert set(options) <= inspect.signature(function).parameters.keys()
+        assert f'"{name}"' in rpp.policy_loss.__doc__
+    assert set(OPTIONS) <= {field.name for field in dataclasses.fields(rpp.Recipe)}  # whose loss_options passes them on
 
 
 @pytest.mark.kernels
@@ -413,9 +419,9 @@ def test_infinite_clamps_are_no_clamps(name, level, backend, device):
 @every_surrogate
 @pytest.mark.parametrize("d", [-1e4, 1e4, -math.inf])
 def test_runaway_ratios_stay_finite_with_every_surrogate(name, level, d, backend, device):
-    direct = name in ("cispo", "reinforce")
-    if math.isinf(d) and direct:
-        pytest.skip("the loss is a product with the log-prob itself")
+    unbounded = name in ("cispo", "reinforce")
+    if math.isinf(d) and unbounded:
+        pytest.skip("the loss is not bounded in the log-prob itself")
     for advantage in (-1.0, 1.0):
         x = {"logps": f32([d, -1, d], device=device)[None], "advantages": torch.full((1, 3), advantage, device=device)}
 
