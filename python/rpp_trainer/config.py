@@ -120,7 +120,8 @@ class Config:
 
     # ---- the algorithm
     recipe: Literal[RECIPES] = "reinforce_pp"  # type: ignore[valid-type]
-    """The algorithm, a row of docs/algorithms.md. What follows until `update` changes the row where it is set."""
+    """The algorithm, a row of docs/algorithms.md: those that need no critic, greedy completions or preferences.
+    Each option from `baseline` to `reduction` changes the row where it is set; None is the recipe's own."""
     dialect: Literal["rpp", "openrlhf", "verl", "trl", "nemo"] = "rpp"
     """`rpp` is the paper's definition; the others are what those trainers compute under the same name."""
     extras: tuple[str, ...] = ()
@@ -135,7 +136,7 @@ class Config:
     reward_scale: float | None = None
     """And multiplied by this [R++ 3.4]."""
     beta: float | None = None
-    """Coefficient of the KL to the initial policy [R++ Table 1: 0.01]."""
+    """Coefficient of the KL [R++ Table 1: 0.01], to the initial policy (of kl_cov: to the policy that sampled)."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] | None = None
     """Estimator of that KL [R++ eq. 5: k1]."""
     gamma: float | None = None
@@ -189,9 +190,18 @@ class Config:
         self._want_divisor("train_batch_size", "rollout_batch_size")
         if self.micro_batch_size:
             self._want_divisor("micro_batch_size", "train_batch_size")
-        baseline = self.algorithm.baseline
-        if baseline in ("mean", "leave-one-out", "length-weighted"):
-            self._want("group_size", self.group_size > 1, f"more than 1 with baseline = {baseline!r}")
+        recipe = self.algorithm
+        if recipe.baseline in ("mean", "leave-one-out", "length-weighted"):
+            self._want("group_size", self.group_size > 1, f"more than 1 with baseline = {recipe.baseline!r}")
+        if recipe.rollout_level != "none" or recipe.rollout_mask != "none":
+            raise ConfigError(
+                f"extras: is {self.extras!r}, wanted none against a rollout engine: the policy itself samples"
+            )
+        if recipe.sequences != "all":
+            self._want("group_size", self.group_size > 1, f"more than 1 with sequences = {recipe.sequences!r}")
+        if recipe.token_selection != "none":
+            whole = f"0 with token_selection = {recipe.token_selection!r}, which is among the tokens of a whole step"
+            self._want("micro_batch_size", self.micro_batch_size == 0, whole)
         if bool(self.prompts) != bool(self.reward):
             missing = "reward" if self.prompts else "prompts"
             raise ConfigError(f"{missing}: is empty, wanted with --{'prompts' if self.prompts else 'reward'}")

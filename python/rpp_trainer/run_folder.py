@@ -1,5 +1,6 @@
-"""What a run leaves behind: config.toml, metrics.jsonl, curves.png, samples.jsonl and a checkpoint."""
+"""What a run leaves behind: config.toml, recipe.json, metrics.jsonl, curves.png, samples.jsonl and a checkpoint."""
 
+import dataclasses
 import json
 import resource
 import sys
@@ -26,6 +27,8 @@ class RunFolder:
             except FileExistsError:
                 number += 1
         (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        recipe = json.dumps(dataclasses.asdict(config.algorithm), indent=1)
+        (self.path / "recipe.json").write_text(recipe + "\n", encoding="utf-8")
 
     def log(self, metrics: dict[str, float]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -134,7 +134,7 @@ def with_advantages(batch: Batch, running_mean: rpp.RunningMean, config: Config)
 def update_policy(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config) -> Metrics:
     """One optimizer step. Micro-batches divide by the count of the whole batch, so their gradients add up to its."""
     recipe = config.algorithm
-    num_items = rpp.num_items_in_batch(batch.completion_mask, recipe.reduction).clamp(min=1)
+    num_items = rpp.num_items_in_batch(batch.completion_mask, recipe.reduction)
     losses, stats = [], []
     for micro_batch in batch.split(config.micro_batch_size):
         logps, entropy, _ = token_logps(policy.model, micro_batch, config)

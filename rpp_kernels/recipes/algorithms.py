@@ -60,7 +60,7 @@ ALGORITHMS: dict[str, Row] = {
     },
     "ppo": {
         "paper": "1707.06347, eq. 7 and 11",
-        "equation": "-min(r A, clip(r) A), A of GAE, and a clipped critic loss",
+        "equation": "-min(r A, clip(r) A), A of GAE",
         "baseline": "critic",
         "time": "gae",
         "gae_lambda": 0.95,

@@ -110,7 +110,7 @@ DIALECTS: dict[str, dict[str, Row]] = {
     "nemo": _with(
         _NEMO,
         {
-            "grpo": {"kl_estimator": "k3"},
+            "grpo": {"kl_estimator": "k3", "reduction": "token-mean", "beta": 0.01},
             "gspo": {},
             "cispo": {"epsilon_low": 0.2, "epsilon_high": 0.2},
             "reinforce_pp": {

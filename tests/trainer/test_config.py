@@ -68,9 +68,14 @@ def test_missing_file_is_named() -> None:
         ({"baseline": "mean", "group_size": 1}, "group_size: is 1, wanted more than 1"),
         ({"recipe": "ppo"}, "recipe: is 'ppo', wanted one of"),
         ({"recipe": "raft", "dialect": "verl"}, "the dialect 'verl'"),
-        ({"extras": ["duall_clip"]}, "did you mean 'dual_clip'"),
+        ({"extras": ("duall_clip",)}, "did you mean 'dual_clip'"),
         ({"extras": "dual_clip"}, "extras: is 'dual_clip', wanted a list of texts"),
         ({"beta": "much"}, "beta: is 'much', wanted a number"),
+        ({"recipe": "dr_grpo", "beta": 0.1}, "beta: has no effect on 'dr_grpo'"),
+        ({"recipe": "rloo", "epsilon_low": 0.1}, "epsilon_low: want None with surrogate 'reinforce'"),
+        ({"extras": ("icepop",)}, "wanted none against a rollout engine"),
+        ({"recipe": "clip_cov", "micro_batch_size": 4}, "micro_batch_size: is 4, wanted 0 with token_selection"),
+        ({"recipe": "raft", "group_size": 1}, "group_size: is 1, wanted more than 1"),
     ],
 )
 def test_bad_values_name_the_argument(values: dict[str, object], message: str) -> None:
