@@ -109,7 +109,8 @@ def check_groups(scores: Tensor, group_size: int | None, group_ids: Tensor | Non
     check_floats("scores", scores, (1,))
     if (group_size is None) == (group_ids is None):
         fail("group_size, group_ids", "exactly one of them", "both" if group_ids is not None else "neither")
-    if group_size is not None and (not isinstance(group_size, int) or group_size < 1 or scores.shape[0] % group_size):
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
+    if group_size is not None and (not whole or scores.shape[0] % group_size):
         fail("group_size", f"a positive divisor of the {scores.shape[0]} scores", group_size)
     if group_ids is not None:
         if not isinstance(group_ids, Tensor) or group_ids.dtype != torch.int64 or group_ids.device != scores.device:

@@ -265,7 +265,7 @@ def policy_loss(
                      and where A < 0 at most -dual_clip * A (1912.09729 eq. 5)     dual_clip None
         "reinforce"  -A logp
         "cispo"      -sg(clip(r, 1 - epsilon_low, 1 + epsilon_high)) A logp        epsilon_low 1 (no lower bound),
-                     (MiniMax-M1, 2506.13585 eq. 4)                                epsilon_high 4
+                     (MiniMax-M1, 2506.13585)                                epsilon_high 4
         "sapo"       -A (4 / tau) sigmoid(tau (r - 1)), tau = tau_positive         tau_positive 1, tau_negative 1.05
                      where A > 0, else tau_negative (2511.20347)
         "gmpo"       -A r, where each log-ratio of the mean that makes r is        epsilon_low .4, epsilon_high .4
@@ -279,7 +279,7 @@ def policy_loss(
                           (GSPO, 2507.18071 eq. 7)
         "sequence-sum"    exp(sum D), the ratio of whole completions; a loss has it once for each with the reduction
                           "seq-mean-token-mean" (RLOO in TRL)
-        "sequence-token"  that of "sequence", but each token's loss moves that token alone (GSPO-token, ibid. eq. 14)
+        "sequence-token"  that of "sequence", but each token's loss moves that token alone (GSPO-token, ibid.)
 
     Args:
         logps: of the policy that learns. The loss is differentiable in them and in `entropy`, and in nothing else.

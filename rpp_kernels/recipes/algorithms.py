@@ -14,7 +14,7 @@ _GROUP: Row = {"baseline": "mean", "std": "group"}
 ALGORITHMS: dict[str, Row] = {
     # ---- Back to Basics (2402.14740) and what it compares
     "reinforce": {
-        "paper": "2402.14740, section 3.2",
+        "paper": "2402.14740, REINFORCE",
         "equation": "-(R - b) log pi(y|x), b the mean of all R before",
         "baseline": "running-mean",
         "kl_place": "score",
@@ -23,7 +23,7 @@ ALGORITHMS: dict[str, Row] = {
         "reduction": "seq-mean-token-sum",
     },
     "vanilla_pg": {
-        "paper": "2402.14740, section 3.1",
+        "paper": "2402.14740, vanilla PG",
         "equation": "-sum_t (G_t - V_t) log pi(y_t)",
         "baseline": "critic",
         "time": "gae",
@@ -33,7 +33,7 @@ ALGORITHMS: dict[str, Row] = {
         "reduction": "seq-mean-token-sum",
     },
     "rloo": {
-        "paper": "2402.14740, section 3.3",
+        "paper": "2402.14740, RLOO",
         "equation": "-(R_i - mean of the other R_j) log pi(y_i|x)",
         "baseline": "leave-one-out",
         "kl_place": "score",
@@ -49,7 +49,7 @@ ALGORITHMS: dict[str, Row] = {
         "surrogate": "reinforce",
     },
     "remax": {
-        "paper": "2310.10505, algorithm 1",
+        "paper": "2310.10505",
         "equation": "-sum_t (G_t - r(greedy)) log pi(y_t)",
         "baseline": "greedy",
         "time": "returns",
@@ -110,13 +110,13 @@ ALGORITHMS: dict[str, Row] = {
         "reduction": "seq-mean-token-mean",
     },
     "dr_grpo": {
-        "paper": "2503.20783, section 3.2",
+        "paper": "2503.20783",
         "equation": "-min(r A, clip(r) A), A = R - mean; no division by std or length",
         "baseline": "mean",
         "reduction": "seq-mean-token-sum-norm",
     },
     "dapo": {
-        "paper": "2503.14476, eq. 8-13",
+        "paper": "2503.14476",
         "equation": "GRPO with a higher upper clip, a token mean, groups that differ, and a price on length",
         **_GROUP,
         "sequences": "informative",
@@ -125,7 +125,7 @@ ALGORITHMS: dict[str, Row] = {
         "epsilon_high": 0.28,
     },
     "gspo": {
-        "paper": "2507.18071, eq. 5-7",
+        "paper": "2507.18071, eq. 7",
         "equation": "-min(s A, clip(s) A), s = exp(mean_t log r_t)",
         **_GROUP,
         "importance_sampling_level": "sequence",
@@ -134,7 +134,7 @@ ALGORITHMS: dict[str, Row] = {
         "reduction": "seq-mean-token-mean",
     },
     "gspo_token": {
-        "paper": "2507.18071, eq. 13-14",
+        "paper": "2507.18071, GSPO-token",
         "equation": "the same value; each token has an advantage and a gradient of its own",
         **_GROUP,
         "importance_sampling_level": "sequence-token",
@@ -143,13 +143,13 @@ ALGORITHMS: dict[str, Row] = {
         "reduction": "seq-mean-token-mean",
     },
     "cispo": {
-        "paper": "2506.13585, eq. 4-5",
+        "paper": "2506.13585",
         "equation": "-sg(clip(r)) A log pi(y_t)",
         **_GROUP,
         "surrogate": "cispo",
     },
     "gmpo": {
-        "paper": "2507.20673, eq. 4",
+        "paper": "2507.20673",
         "equation": "-A exp(mean_t clip(log r_t))",
         **_GROUP,
         "surrogate": "gmpo",
@@ -178,14 +178,14 @@ ALGORITHMS: dict[str, Row] = {
         "surrogate": "reinforce",
     },
     "clip_cov": {
-        "paper": "2505.22617, section 4",
+        "paper": "2505.22617",
         "equation": "PPO's, without some tokens of high covariance of A and log pi",
         **_GROUP,
         "token_selection": "clip-cov",
         "token_fraction": 2e-4,
     },
     "kl_cov": {
-        "paper": "2505.22617, section 4",
+        "paper": "2505.22617",
         "equation": "-r A, and |log r| on the tokens of highest covariance of A and log pi",
         **_GROUP,
         "epsilon_low": 1.0,
@@ -228,7 +228,7 @@ EXTRAS: dict[str, Row] = {
         "reward_clip": (-10.0, 10.0),
     },
     "overlong": {"paper": "2503.14476, eq. 13", "overlong_buffer": 0.2},
-    "dynamic_sampling": {"paper": "2503.14476, eq. 11", "sequences": "informative"},
+    "dynamic_sampling": {"paper": "2503.14476", "sequences": "informative"},
     "dual_clip": {"paper": "1912.09729, eq. 5", "dual_clip": 3.0},
     "two_sided": {"paper": "2505.07291 (delta)", "dual_clip": 4.0},
     "k2_loss": {"paper": "2501.03262 v9, eq. 8", "kl_place": "loss", "kl_estimator": "k2"},

@@ -59,7 +59,13 @@ DIALECTS: dict[str, dict[str, Row]] = {
             "rloo": {},
             "grpo": {"std_eps": 1e-9},
             "dr_grpo": {},
-            "gspo": {"std_eps": 1e-9, "reduction": "seq-mean-token-mean", "epsilon_low": 0.2, "epsilon_high": 0.2},
+            "gspo": {
+                "std_eps": 1e-9,
+                "reduction": "seq-mean-token-mean",
+                "epsilon_low": 0.2,
+                "epsilon_high": 0.2,
+                "log_ratio_clamp": INFINITY,
+            },
         },
     )
     | {"dpo": {}, "ipo": {}},
@@ -83,7 +89,7 @@ DIALECTS: dict[str, dict[str, Row]] = {
         "gspo": {**_VERL_GROUP, "log_ratio_clamp": 10.0},
         "cispo": {**_VERL_OTHER, "epsilon_low": 0.2, "epsilon_high": 0.2, "singleton": "keep"},
         "sapo": {"singleton": "keep"},
-        "gmpo": {"epsilon_low": 0.2, "epsilon_high": 0.2, "singleton": "keep"},
+        "gmpo": {"epsilon_low": 0.2, "epsilon_high": 0.2, "singleton": "keep", "log_ratio_clamp": INFINITY},
         "clip_cov": {"singleton": "keep", "log_ratio_clamp": INFINITY},
         "kl_cov": {"singleton": "keep", "log_ratio_clamp": INFINITY, "beta": 0.1},
     },

@@ -161,7 +161,7 @@ def policy_loss(
         "clip"       -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A), and where A < 0 at most -dual_clip * A
                      [PPO eq. 7; R++ eq. 6; dual eq. 5]
         "reinforce"  -A logp
-        "cispo"      -sg(clip(r, 1 - epsilon_low, 1 + epsilon_high)) A logp  [MiniMax-M1 2506.13585 eq. 4]
+        "cispo"      -sg(clip(r, 1 - epsilon_low, 1 + epsilon_high)) A logp  [MiniMax-M1 2506.13585]
         "sapo"       -A (4 / tau) sigmoid(tau (r - 1)), tau = tau_positive where A > 0, else tau_negative  [2511.20347]
         "gmpo"       -A r, with sgn(A) min(sgn(A) D, sgn(A) clip(D, -epsilon_low, epsilon_high)) for the D of the mean
                      that makes r [2507.20673]; "sequence" only
@@ -171,7 +171,7 @@ def policy_loss(
         "token"           d_t = D_t
         "sequence"        d_t = mean of the sequence's D [GSPO 2507.18071 eq. 7]
         "sequence-sum"    d_t = sum of the sequence's D: the ratio of the whole completion's probabilities
-        "sequence-token"  d_t = sg(mean of the sequence's D) + logp_t - sg(logp_t) [GSPO-token, ibid. eq. 14]
+        "sequence-token"  d_t = sg(mean of the sequence's D) + logp_t - sg(logp_t) [GSPO-token, ibid.]
 
     KL_t = kl_penalty(logps, ref_logps, estimator=kl_estimator, gradient=kl_gradient), with `kl_bias_correction` times
     the r of the level. N = num_items_in_batch, or the count of this call: valid tokens for "token-mean", else sequences
