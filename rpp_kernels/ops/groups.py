@@ -132,7 +132,7 @@ def _check_lengths(lengths: Tensor | None, baseline: str, scores: Tensor) -> Non
     if may_read(lengths) and lengths.numel():
         low, high = lengths.aminmax()
         if not (low >= 0 and high < float("inf")):
-            fail("lengths", "finite numbers from 0", f"numbers from {low.item()} to {high.item()}")
+            fail("lengths", "finite numbers from 0", f"numbers from {float(low)} to {float(high)}")
 
 
 def group_advantages(

@@ -379,8 +379,9 @@ def policy_loss(
         backend,
     )
     named = PolicyStats(*stats.detach().unbind())
-    result = divided(loss, named, *mean)
-    return PolicyLoss(result.view(logps.shape if reduction == "none" else ()), named)
+    if reduction == "none":
+        return PolicyLoss(loss.view(logps.shape), named)
+    return PolicyLoss(divided(loss, items(named, reduction), num_items_in_batch, max_completion_length), named)
 
 
 def check_options(options: PolicyOptions, with_ref: bool) -> tuple[PolicyNumbers, PolicyModes]:
@@ -557,8 +558,9 @@ def value_loss(
         backend,
     )
     named = ValueStats(*stats.detach().unbind())
-    mean = divided(loss, named, reduction, num_items_in_batch, max_completion_length)
-    return ValueLoss(mean.view(values.shape if reduction == "none" else ()), named)
+    if reduction == "none":
+        return ValueLoss(loss.view(values.shape), named)
+    return ValueLoss(divided(loss, items(named, reduction), num_items_in_batch, max_completion_length), named)
 
 
 # ---------------------------------------------------------------- shared
@@ -595,18 +597,16 @@ def check_loss(
 
 
 def divided(
-    loss: Tensor,
-    stats: PolicyStats | ValueStats,
-    reduction: str,
-    num_items_in_batch: float | Tensor | None,
-    max_completion_length: int | None,
+    loss: Tensor, counted: Tensor, num_items_in_batch: float | Tensor | None, max_completion_length: int | None = None
 ) -> Tensor:
-    if reduction == "none":
-        return loss
-    count = stats.num_tokens if reduction == "token-mean" else stats.num_sequences
-    divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    """A sum over the items that it is the mean of: as many as were `counted`, unless the caller says."""
+    divisor = counted.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     if isinstance(divisor, Tensor):  # of any dtype: in few bits the product below overflows
         divisor = divisor.double()
     if max_completion_length is not None:
         divisor = divisor * max_completion_length
     return (loss / divisor).to(loss.dtype)
+
+
+def items(stats: PolicyStats | ValueStats, reduction: str) -> Tensor:
+    return stats.num_tokens if reduction == "token-mean" else stats.num_sequences

@@ -27,6 +27,7 @@ from rpp_kernels.ops.checks import (
     result_dtype,
     sequence_starts,
 )
+from rpp_kernels.ops.policy_loss import divided
 from rpp_kernels.reference import CoPGLoss, CoPGStats, PreferenceLoss, PreferenceStats
 
 LOSS_TYPES = {  # csrc/formulas.h, enum Pair
@@ -233,7 +234,7 @@ def dpo_loss(
         backend,
     )
     named = PreferenceStats(*stats.detach().unbind())
-    return PreferenceLoss(_mean(loss, named.num_pairs, num_pairs, reduction), named)
+    return PreferenceLoss(loss if reduction == "none" else divided(loss, named.num_pairs, num_pairs), named)
 
 
 def copg_loss(
@@ -311,7 +312,8 @@ def copg_loss(
         backend,
     )
     named = CoPGStats(*stats.detach().unbind())
-    return CoPGLoss(_mean(loss, named.num_sequences, num_items_in_batch, reduction), named)
+    mean = loss if reduction == "none" else divided(loss, named.num_sequences, num_items_in_batch)
+    return CoPGLoss(mean, named)
 
 
 # ---------------------------------------------------------------- shared
@@ -330,12 +332,3 @@ def _check_groups(
     if (starts.shape[0] - 1) % group_size:
         fail("logps", f"whole groups of {group_size} sequences", f"{starts.shape[0] - 1}: {describe(logps)}")
     return starts
-
-
-def _mean(loss: Tensor, counted: Tensor, count: float | Tensor | None, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    divisor = counted.clamp(min=1) if count is None else count
-    if isinstance(divisor, Tensor):  # of any dtype, which may have few bits
-        divisor = divisor.double()
-    return (loss / divisor).to(loss.dtype)

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rpp_kernels.distributed import gathered
-from rpp_kernels.ops.advantages import EPS_MODES, GAPS, gae, returns, whiten
+from rpp_kernels.ops.advantages import EPS_MODES, GAPS
 from rpp_kernels.ops.checks import (
     check_choice,
     check_floats,
-    check_integer,
-    check_like,
     check_number,
     check_shape,
     describe,
@@ -24,8 +21,8 @@ from rpp_kernels.ops.checks import (
     result_dtype,
     sequence_starts,
 )
-from rpp_kernels.ops.groups import STDS, best_of_group, group_advantages, informative_groups
-from rpp_kernels.ops.kl import ESTIMATORS, kl_penalty
+from rpp_kernels.ops.groups import STDS
+from rpp_kernels.ops.kl import ESTIMATORS
 from rpp_kernels.ops.linear_policy_loss import linear_policy_loss
 from rpp_kernels.ops.policy_loss import (
     LEVELS,
@@ -38,11 +35,11 @@ from rpp_kernels.ops.policy_loss import (
     policy_loss,
 )
 from rpp_kernels.ops.preference import LOSS_TYPES, copg_loss, dpo_loss
-from rpp_kernels.ops.reinforce_pp import reinforce_pp_advantages
-from rpp_kernels.ops.rewards import normalize_rewards, overlong_penalty, token_rewards
 from rpp_kernels.ops.rollout import rollout_weights
 from rpp_kernels.ops.running_mean import RunningMean
 from rpp_kernels.ops.selection import clip_cov_weights, kl_cov_mask, top_entropy_mask
+from rpp_kernels.recipes import steps
+from rpp_kernels.recipes.steps import OF_GROUPS, needed
 from rpp_kernels.reference import CoPGLoss, LinearPolicyLoss, PolicyLoss, PreferenceLoss
 
 if TYPE_CHECKING:
@@ -63,10 +60,9 @@ class Worth(NamedTuple):
     returns: Tensor | None
 
 
-_OF_GROUPS = ("mean", "leave-one-out", "length-weighted")
 _CHOICES: dict[str, Sequence[Any]] = {
     "sequences": ("all", "informative", "best"),
-    "baseline": ("none", *_OF_GROUPS, "greedy", "running-mean", "critic", "unit"),
+    "baseline": ("none", *OF_GROUPS, "greedy", "running-mean", "critic", "unit"),
     "group_scale": ("none", "informative", "nonzero-scores"),
     "time": ("sequence", "returns", "gae"),
     "whiten": ("none", "tokens", "sequences"),
@@ -211,7 +207,7 @@ class Recipe:
             'kl_place: "token" needs time "sequence"': self.kl_place == "token" and self.time != "sequence",
             'baseline: "critic" and time "gae" go together': (self.baseline == "critic") != (self.time == "gae"),
             'kl_bias_correction: needs kl_place "loss"': self.kl_bias_correction and self.kl_place != "loss",
-            "std: needs the baseline of a group": self.std != "none" and self.baseline not in _OF_GROUPS,
+            "std: needs the baseline of a group": self.std != "none" and self.baseline not in OF_GROUPS,
             'whiten: "sequences" needs time "sequence"': self.whiten == "sequences" and self.time != "sequence",
             "beta: a loss of preferences needs a positive one": self.loss_function != "policy" and not self.beta,
         }.items():
@@ -334,7 +330,7 @@ class Recipe:
         starts = sequence_starts(completion_mask, "completion_mask", cu_seqlens)
         check_floats("scores", scores, (1,), like=completion_mask)
         check_shape("scores", scores, (starts.shape[0] - 1,), "of one for each sequence")
-        rollout = _Rollout(
+        rollout = steps.Rollout(
             scores=scores.detach().to(result_dtype(scores)),
             mask=completion_mask,
             starts=starts,
@@ -347,11 +343,15 @@ class Recipe:
             max_completion_length=max_completion_length,
             cu_seqlens=cu_seqlens,
             process_group=process_group,
-            lengths=_sequence_sums(completion_mask.long(), starts),
+            lengths=steps.sequence_sums(completion_mask.long(), starts),
             worth=scores,
         )
-        steps = (_compared, _fused) if self._is_fused else (_paid, _compared, _over_time, _whitened)
-        for step in (_kept, _scored, *steps):
+        chain = (
+            (steps.compared, steps.fused)
+            if self._is_fused
+            else (steps.paid, steps.compared, steps.over_time, steps.whitened)
+        )
+        for step in (steps.kept, steps.scored, *chain):
             rollout = step(self, rollout)
         return Worth(rollout.worth, rollout.mask, rollout.scores, rollout.targets)
 
@@ -392,16 +392,16 @@ class Recipe:
             old_logps, completion_mask, ref_logps, sampling_logps, max_completion_length, cu_seqlens
         )
         if "entropy_coef" in options:
-            options["entropy"] = self._need("entropy", entropy)
+            options["entropy"] = needed(self.name, "entropy", entropy)
         weights = [options["weights"]] if "weights" in options else []
         if self.token_selection == "top-entropy":
-            uncertain = self._need("entropy", entropy).detach()
+            uncertain = needed(self.name, "entropy", entropy).detach()
             chosen = top_entropy_mask(
                 uncertain, completion_mask, fraction=self.token_fraction, process_group=process_group
             )
             weights.append(chosen.to(logps.dtype))
         elif self.token_selection == "kl-cov":
-            old, constant = self._need("old_logps", old_logps), logps.detach()
+            old, constant = needed(self.name, "old_logps", old_logps), logps.detach()
             chosen = kl_cov_mask(
                 constant, advantages, completion_mask, fraction=self.token_fraction, cu_seqlens=cu_seqlens
             )
@@ -410,7 +410,7 @@ class Recipe:
             clip = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
             kept = clip_cov_weights(
                 logps.detach(),
-                self._need("old_logps", old_logps),
+                needed(self.name, "old_logps", old_logps),
                 advantages,
                 completion_mask,
                 fraction=self.token_fraction,
@@ -497,8 +497,8 @@ class Recipe:
         if self.loss_function == "copg":
             return copg_loss(
                 logps,
-                self._need("ref_logps", ref_logps),
-                self._need("scores", scores),
+                needed(self.name, "ref_logps", ref_logps),
+                needed(self.name, "scores", scores),
                 completion_mask,
                 beta=self.beta,
                 group_size=group_size,
@@ -508,7 +508,7 @@ class Recipe:
         self._want_loss("dpo")
         return dpo_loss(
             logps,
-            self._need("ref_logps", ref_logps),
+            needed(self.name, "ref_logps", ref_logps),
             completion_mask,
             beta=self.beta,
             loss_type=self.preference,
@@ -529,12 +529,12 @@ class Recipe:
         """`loss_options` with the reference, the longest length and the weights against the rollout engine."""
         options = self.loss_options
         if "beta" in options and self.token_selection != "kl-cov":
-            options["ref_logps"] = self._need("ref_logps", ref_logps)
+            options["ref_logps"] = needed(self.name, "ref_logps", ref_logps)
         if self.reduction == "seq-mean-token-sum-norm":
             options["max_completion_length"] = max_completion_length
         if self.rollout_level == self.rollout_mask == "none":
             return options
-        old, sampled = self._need("old_logps", old_logps), self._need("sampling_logps", sampling_logps)
+        old, sampled = needed(self.name, "old_logps", old_logps), needed(self.name, "sampling_logps", sampling_logps)
         weigh = functools.partial(rollout_weights, old.detach(), sampled.detach(), mask, cu_seqlens=cu_seqlens)
         weights = []
         if self.rollout_level != "none":
@@ -549,205 +549,11 @@ class Recipe:
     @property
     def _is_fused(self) -> bool:
         """Whether `reinforce_pp_advantages` does all that follows the baseline."""
-        steps = self.time, self.gap, self.whiten, self.whiten_unbiased, self.whiten_eps_mode
+        how = self.time, self.gap, self.whiten, self.whiten_unbiased, self.whiten_eps_mode
         paid = self.kl_place in ("none", "reward", "loss")
-        return paid and steps == ("returns", "carry", "tokens", False, "floor")
-
-    def _need(self, name: str, x: Tensor | None) -> Tensor:
-        if not isinstance(x, Tensor):
-            fail(name, f"a tensor: the recipe {self.name!r} needs it", describe(x))
-        return x
+        return paid and how == ("returns", "carry", "tokens", False, "floor")
 
     def _want_loss(self, function: str) -> None:
         if self.loss_function != function:
             method = "advantages and loss" if self.loss_function == "policy" else "preference_loss"
             raise ValueError(f"the recipe {self.name!r} has another kind of loss: use its {method}")
-
-
-# ---------------------------------------------------------------- the steps from scores to advantages
-
-
-@dataclass(frozen=True)
-class _Rollout:
-    """The arguments of `Recipe.advantages`, and what its steps have made of them."""
-
-    scores: Tensor
-    mask: Tensor
-    starts: Tensor
-    old_logps: Tensor | None
-    ref_logps: Tensor | None
-    values: Tensor | None
-    greedy_scores: Tensor | None
-    running_mean: RunningMean | None
-    groups: dict[str, Any]
-    max_completion_length: int | None
-    cu_seqlens: Tensor | None
-    process_group: "ProcessGroup | None"
-    lengths: Tensor  # of the completions, all of them
-    worth: Tensor
-    kl: Tensor | None = None
-    targets: Tensor | None = None
-
-    def but(self, **changes: Any) -> "_Rollout":
-        return dataclasses.replace(self, **changes)
-
-
-def _kept(recipe: Recipe, r: _Rollout) -> _Rollout:
-    """The tokens that are trained on."""
-    if recipe.sequences == "all":
-        return r
-    if recipe.sequences == "informative":
-        kept = informative_groups(r.scores, **r.groups)
-    else:
-        kept = best_of_group(r.scores, **r.groups) > 0
-    return r.but(mask=r.mask & _each_token(kept, r.starts, r.mask))
-
-
-def _scored(recipe: Recipe, r: _Rollout) -> _Rollout:
-    """Penalty, z-score, clip and scale."""
-    scores = r.scores
-    if recipe.overlong_buffer:
-        longest = r.max_completion_length
-        if longest is None:
-            fail("max_completion_length", f"a number of tokens, which {recipe.name!r} penalises from", None)
-        check_integer("max_completion_length", longest, "a positive integer", 1)
-        buffer = max(round(recipe.overlong_buffer * longest), 1)
-        scores = scores + overlong_penalty(r.lengths, max_completion_length=longest, buffer_length=buffer)
-    clip = None if recipe.reward_clip_after_baseline else recipe.reward_clip
-    if recipe.reward_zscore or clip is not None or recipe.reward_scale != 1:
-        scores = normalize_rewards(
-            scores, zscore=recipe.reward_zscore, clip=clip, scale=recipe.reward_scale, process_group=r.process_group
-        )
-    return r.but(scores=scores, worth=scores)
-
-
-def _paid(recipe: Recipe, r: _Rollout) -> _Rollout:
-    """The KL that is no part of the loss: off the score here, or for later."""
-    if not recipe.beta or recipe.kl_place in ("none", "loss"):
-        return r
-    old, ref = _policies(recipe, r)
-    kl = kl_penalty(old, ref, r.mask, estimator=recipe.kl_estimator, kl_clamp=recipe.kl_clamp)
-    if recipe.kl_place != "score":
-        return r.but(kl=kl)
-    return r.but(scores=r.scores - recipe.beta * _sequence_sums(kl, r.starts))
-
-
-def _compared(recipe: Recipe, r: _Rollout) -> _Rollout:
-    """Less the baseline, over the standard deviation."""
-    worth = r.scores
-    if recipe.baseline in _OF_GROUPS:
-        worth = group_advantages(
-            worth,
-            baseline=recipe.baseline,
-            lengths=r.lengths if recipe.baseline == "length-weighted" else None,
-            std=recipe.std,
-            unbiased=recipe.std_unbiased,
-            eps=recipe.std_eps,
-            singleton=recipe.singleton,
-            **r.groups,
-        )
-    elif recipe.baseline == "greedy":
-        greedy = recipe._need("greedy_scores", r.greedy_scores)
-        check_like("greedy_scores", greedy, "scores", r.scores)
-        worth = worth - greedy.detach()
-    elif recipe.baseline == "running-mean":
-        if not isinstance(r.running_mean, RunningMean):
-            fail("running_mean", f"a RunningMean, for the baseline of {recipe.name!r}", describe(r.running_mean))
-        worth = worth - r.running_mean.mean.to(worth.dtype)
-    elif recipe.baseline == "unit":
-        worth = torch.ones_like(worth)
-    if recipe.reward_clip is not None and recipe.reward_clip_after_baseline:
-        worth = worth.clamp(*recipe.reward_clip)
-    if recipe.group_scale != "none":
-        counted = informative_groups(r.scores, **r.groups) if recipe.group_scale == "informative" else r.scores != 0
-        worth = worth * _inverse_share(counted, r.process_group)
-    return r.but(worth=worth)
-
-
-def _over_time(recipe: Recipe, r: _Rollout) -> _Rollout:
-    """From one number for each sequence to one for each token."""
-    if recipe.time == "sequence":
-        if r.kl is not None and recipe.kl_place == "token":
-            return r.but(worth=_each_token(r.worth, r.starts, r.mask) - recipe.beta * r.kl)
-        return r.but(worth=r.worth[:, None])
-    kl = torch.zeros_like(r.mask, dtype=r.worth.dtype) if r.kl is None else r.kl
-    rewards = token_rewards(r.worth, kl, r.mask, beta=recipe.beta, cu_seqlens=r.cu_seqlens)
-    if recipe.time == "returns":
-        worth = returns(rewards, r.mask, gamma=recipe.gamma, gap=recipe.gap, cu_seqlens=r.cu_seqlens)
-        return r.but(worth=worth)
-    values = recipe._need("values", r.values).detach()
-    worth, targets = gae(
-        rewards,
-        values,
-        r.mask,
-        gamma=recipe.gamma,
-        gae_lambda=recipe.gae_lambda,
-        gap=recipe.gap,
-        cu_seqlens=r.cu_seqlens,
-    )
-    return r.but(worth=worth, targets=targets)
-
-
-def _fused(recipe: Recipe, r: _Rollout) -> _Rollout:
-    """`_paid`, `_over_time` and `_whitened` in one, for the REINFORCE++ of the paper."""
-    beta = recipe.beta if recipe.kl_place == "reward" else 0.0
-    old, ref = _policies(recipe, r) if beta else (torch.zeros_like(r.mask, dtype=r.worth.dtype), None)
-    worth = reinforce_pp_advantages(
-        r.worth,
-        old,
-        ref,
-        r.mask,
-        beta=beta,
-        gamma=recipe.gamma,
-        kl_estimator=recipe.kl_estimator,
-        kl_clamp=recipe.kl_clamp,
-        eps=recipe.whiten_eps,
-        cu_seqlens=r.cu_seqlens,
-        process_group=r.process_group,
-    )
-    return r.but(worth=worth)
-
-
-def _policies(recipe: Recipe, r: _Rollout) -> tuple[Tensor, Tensor]:
-    """Log-probs of the policy that sampled and of the reference."""
-    old, ref = recipe._need("old_logps", r.old_logps), recipe._need("ref_logps", r.ref_logps)
-    return old.detach(), ref.detach()
-
-
-def _whitened(recipe: Recipe, r: _Rollout) -> _Rollout:
-    if recipe.whiten == "none":
-        return r
-    worth, mask = r.worth, None
-    if recipe.whiten == "tokens":
-        mask = r.mask
-        if worth.shape != mask.shape:
-            worth = _each_token(worth[:, 0], r.starts, mask)
-    whitened = whiten(
-        worth,
-        mask,
-        unbiased=recipe.whiten_unbiased,
-        eps=recipe.whiten_eps,
-        eps_mode=recipe.whiten_eps_mode,
-        process_group=r.process_group,
-    )
-    return r.but(worth=whitened)
-
-
-def _sequence_sums(x: Tensor, starts: Tensor) -> Tensor:
-    """(B,): the sum over each sequence of what is 0 where masked."""
-    lengths = starts.diff()  # not differences of one cumulative sum, which an infinity would outlive
-    rows = torch.arange(lengths.shape[0], device=x.device).repeat_interleave(lengths, output_size=x.numel())
-    return lengths.new_zeros(lengths.shape, dtype=torch.float64).index_add(0, rows, x.reshape(-1).double()).to(x.dtype)
-
-
-def _each_token(x: Tensor, starts: Tensor, like: Tensor) -> Tensor:
-    """One for each sequence as one for each token, in the shape of `like`."""
-    return x.repeat_interleave(starts.diff(), output_size=like.numel()).view(like.shape)
-
-
-def _inverse_share(counted: Tensor, process_group: "ProcessGroup | None") -> Tensor:
-    """How many sequences there are for each that is counted."""
-    sums = torch.stack([torch.ones_like(counted).sum(), counted.sum()])
-    if process_group is not None:
-        sums = gathered(sums, process_group).sum(0)
-    return sums[0] / sums[1].clamp(min=1)
