@@ -1,14 +1,21 @@
 """Which backends the tests of the ops run on, and where."""
 
+import os
+
 import pytest
 import torch
 
-from rpp_kernels import backends
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:  # Triton's kernels are then interpreted, which they must know before they are defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from rpp_kernels import backends  # noqa: E402
 
 # Another backend, or another device for one that is there, is one more line.
 RUNS = (
     ("native", "cpu"),
     ("reference", "cpu"),
+    ("triton", "cuda" if ON_GPU else "cpu"),
 )
 
 

@@ -1,7 +1,7 @@
 """The only place that chooses which backend runs an op.
 
-A backend is an object with one function for each kernel (`logps_fwd`, `kl_bwd`, ...), all of one meaning; `native` is
-C++. "reference" is not one of those: the public function then runs the spec itself, and PyTorch's autograd with it.
+A backend is an object with one function for each kernel (`logps_fwd`, `kl_bwd`, ...), all of one meaning: `native` is
+C++, `triton` is Triton. "reference" is not one of those: the public function then runs the spec itself, and PyTorch's autograd with it.
 """
 
 import os
@@ -12,13 +12,12 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rpp_kernels.backends import native
+from rpp_kernels.backends import native, triton
 
-NAMES = ("native", "reference")
+NAMES = ("native", "triton", "reference")
 
-# For each device type the backends that may serve it, best first.
-_PREFERENCE = {"cpu": ("native", "reference")}
-_ANYWHERE = ("reference",)
+# For each device type the backends that may serve it, best first; the reference serves all others, and where none works.
+_PREFERENCE = {"cpu": ("native",), "cuda": ("triton",), "xpu": ("triton",)}
 
 _VARIABLE = "RPP_KERNELS_BACKEND"
 
@@ -52,12 +51,12 @@ def use_backend(name: str) -> Iterator[None]:
 def backend_of(x: Tensor) -> str:
     """The backend that serves tensors on the device of `x`: the forced one, or the best that works here."""
     device = x.device.type
-    served = _PREFERENCE.get(device, _ANYWHERE)
     if _forced is not None:
         reason = why_not(_forced, device)
         if reason:
             raise RuntimeError(f"backend {_forced!r} was asked for and cannot run: {reason}")
-    chosen = _forced or next(name for name in served if not why_not(name, device))  # the reference runs everywhere
+    works = (name for name in _PREFERENCE.get(device, ()) if not why_not(name, device))
+    chosen = _forced or next(works, "reference")
     if chosen != "reference" and forward_ad._current_level >= 0:  # PyTorch would take the tangent of a kernel for zero
         raise RuntimeError("rpp_kernels has no forward-mode derivatives; use_backend('reference') has")
     return chosen
@@ -65,11 +64,11 @@ def backend_of(x: Tensor) -> str:
 
 def why_not(name: str, device: str) -> str | None:
     """Why a backend cannot serve a device type, with what to do about it; None where it can."""
-    if name not in _PREFERENCE.get(device, _ANYWHERE):
-        return f"it has no kernels for {device} tensors"
-    return native.PROBLEM if name == "native" else None
+    if name == "native":
+        return native.PROBLEM if device == "cpu" else f"it has no kernels for {device} tensors"
+    return triton.why_not(device) if name == "triton" else None
 
 
 def kernels(name: str) -> Any:
     """The kernels of a backend that `backend_of` has chosen."""
-    return {"native": native.kernels}[name]
+    return native.kernels if name == "native" else triton.kernels()

@@ -1,0 +1,52 @@
+"""Block sizes and warps, for each kernel, dtype and architecture: data, and where each figure comes from.
+
+A row of a kernel that names no dtype or no architecture serves all that have no row of their own; the most particular
+row counts. A block is what a program takes at a time: tokens, or elements of a row. At most 16 warps, which are 1024
+threads where a wave has 64 (AMD).
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Config(NamedTuple):
+    block: int
+    warps: int
+    source: str
+
+
+MODELLED = "modelled: enough bytes in flight for the memory of an H100 at 4 to 8 programs on each multiprocessor"
+INTERPRETER = "an interpreter spends its time on programs and steps; few enough for tests to need several"
+
+ANY = None
+# (kernel, dtype, architecture): the architecture is sm_80, sm_90, sm_100, ..., gfx942, ..., or "interpreter"
+TABLE: dict[tuple[str, torch.dtype | None, str | None], Config] = {
+    ("kl_kernel", ANY, ANY): Config(1024, 4, MODELLED),
+    ("kl_kernel", ANY, "interpreter"): Config(64, 4, INTERPRETER),
+}
+
+
+def config_of(kernel: str, like: Tensor) -> Config:
+    return _config(kernel, like.dtype, architecture(like.device))
+
+
+@functools.cache
+def _config(kernel: str, dtype: torch.dtype, arch: str) -> Config:
+    keys = [(kernel, d, a) for a in (arch, ANY) for d in (dtype, ANY)]
+    return next(TABLE[key] for key in keys if key in TABLE)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """sm_90, gfx942, xpu or "interpreter"."""
+    if device.type == "cpu":
+        return "interpreter"
+    if device.type == "xpu":
+        return "xpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
