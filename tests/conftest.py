@@ -1,5 +1,6 @@
 """Which backends the tests of the ops run on, and where."""
 
+import itertools
 import os
 
 import pytest
@@ -10,6 +11,7 @@ if not ON_GPU:  # Triton's kernels are then interpreted, which they must know be
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from rpp_kernels import backends  # noqa: E402
+from rpp_kernels.backends import triton  # noqa: E402
 
 # Another backend, or another device for one that is there, is one more line.
 RUNS = (
@@ -25,6 +27,36 @@ def pytest_generate_tests(metafunc):
         kernels = metafunc.definition.get_closest_marker("kernels")
         runs = [run for run in RUNS if not kernels or run[0] != "reference"]
         metafunc.parametrize("run", runs, ids=map("-".join, runs), indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Of the interpreted cases of each test every eighth is among the others; `make test-triton` runs the rest."""
+    interpreted = [x for x in items if hasattr(x, "callspec") and x.callspec.params.get("run") == ("triton", "cpu")]
+    for _, cases in itertools.groupby(interpreted, lambda x: x.function):
+        for i, case in enumerate(cases):
+            if i % 8:
+                case.add_marker(pytest.mark.interpreted)
+
+
+def _interpret_faster():
+    """Triton's interpreter makes the same changes to its language for every call of every function, and undoes them:
+    half of its time. Nothing but interpreted kernels sees that language here, so once is enough."""
+    from triton.runtime import interpreter
+
+    change, unchanged, changed = interpreter._patch_lang, type("Unchanged", (), {"restore": lambda self: None})(), set()
+
+    def change_once(function):
+        language = frozenset({"tl", "core"} & function.__globals__.keys())
+        if language not in changed:
+            changed.add(language)
+            change(function)
+        return unchanged
+
+    interpreter._patch_lang = change_once
+
+
+if triton.INTERPRETED and not triton.PROBLEM:
+    _interpret_faster()
 
 
 def pytest_configure(config):

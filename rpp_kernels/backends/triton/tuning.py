@@ -24,6 +24,14 @@ INTERPRETER = "an interpreter spends its time on programs and steps; few enough 
 ANY = None
 # (kernel, dtype, architecture): the architecture is sm_80, sm_90, sm_100, ..., gfx942, ..., or "interpreter"
 TABLE: dict[tuple[str, torch.dtype | None, str | None], Config] = {
+    ("row_statistics_kernel", ANY, ANY): Config(4096, 4, MODELLED),
+    ("row_statistics_kernel", torch.float32, ANY): Config(2048, 4, MODELLED),
+    ("row_statistics_kernel", torch.float64, ANY): Config(1024, 4, MODELLED),
+    ("row_statistics_kernel", ANY, "interpreter"): Config(512, 4, INTERPRETER),
+    ("dlogits_kernel", ANY, ANY): Config(4096, 8, MODELLED),
+    ("dlogits_kernel", torch.float32, ANY): Config(2048, 4, MODELLED),
+    ("dlogits_kernel", torch.float64, ANY): Config(1024, 4, MODELLED),
+    ("dlogits_kernel", ANY, "interpreter"): Config(512, 4, INTERPRETER),
     ("kl_kernel", ANY, ANY): Config(1024, 4, MODELLED),
     ("kl_kernel", ANY, "interpreter"): Config(64, 4, INTERPRETER),
 }
