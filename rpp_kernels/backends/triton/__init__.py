@@ -36,4 +36,4 @@ def kernels() -> Any:
     return SimpleNamespace(**{name: getattr(module, name) for module in modules for name in module.__all__})
 
 
-_FILES = ("kl",)
+_FILES = ("advantages", "groups", "kl", "rewards")
