@@ -42,3 +42,4 @@ _FILES = (
     "kl",
     "logps",
 )
+_FILES = ("advantages", "groups", "kl", "rewards")
