@@ -1,5 +1,6 @@
 """Which backends the tests of the ops run on, and where."""
 
+import functools
 import os
 
 import pytest
@@ -33,6 +34,23 @@ def pytest_configure(config):
     )
 
 
+@functools.cache
+def patch_once():
+    """Triton's interpreter replaces the functions of triton.language anew at each call of a helper, which takes two
+    thirds of the time of these tests; once for each file of helpers is enough."""
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(id(self.fn.__globals__))
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 @pytest.fixture
 def run(request):
     """Within the test every op runs on this backend, and its tensors belong on `device`."""
@@ -40,6 +58,8 @@ def run(request):
     reason = backends.why_not(name, device)
     if reason:
         pytest.skip(reason)
+    if name == "triton" and device == "cpu":
+        patch_once()
     with backends.use_backend(name):
         yield request.param
 

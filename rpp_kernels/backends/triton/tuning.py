@@ -26,6 +26,10 @@ ANY = None
 TABLE: dict[tuple[str, torch.dtype | None, str | None], Config] = {
     ("kl_kernel", ANY, ANY): Config(1024, 4, MODELLED),
     ("kl_kernel", ANY, "interpreter"): Config(64, 4, INTERPRETER),
+    ("policy_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("policy_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
+    ("value_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("value_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
 }
 
 
