@@ -38,8 +38,4 @@ def kernels() -> Any:
     return SimpleNamespace(**{name: getattr(module, name) for module in modules for name in module.__all__})
 
 
-_FILES = (
-    "kl",
-    "logps",
-)
-_FILES = ("advantages", "groups", "kl", "rewards")
+_FILES = ("advantages", "groups", "kl", "logps", "losses", "rewards")

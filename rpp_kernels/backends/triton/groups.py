@@ -101,7 +101,13 @@ def group_advantages_kernel(
         one = tl.min(first_other, axis=1)
         shift = load_as_double(scores, one, one < B)
 
-    counts, weights, weighted, sums, sums_of_others = zeros(BLOCK), zeros(BLOCK), zeros(BLOCK), zeros(BLOCK), zeros(BLOCK)
+    counts, weights, weighted, sums, sums_of_others = (
+        zeros(BLOCK),
+        zeros(BLOCK),
+        zeros(BLOCK),
+        zeros(BLOCK),
+        zeros(BLOCK),
+    )
     for k in range(first, stop, BLOCK):
         other, same = members(group_index, k, group, stop, group_size, BLOCK)
         their = load_as_double(scores, other, other < stop)
@@ -268,7 +274,9 @@ def group_advantages_bwd(
     options = {"baseline": baseline, "std": std, "unbiased": unbiased, "keep_singletons": keep_singletons}
     sizes = scores.numel(), group_size
     programs = blocks(group_gradient_kernel, scores)
-    launch(group_gradient_kernel, programs, dscores, columns, scores, group_index, moments, *sizes, like=scores, **options)
+    launch(
+        group_gradient_kernel, programs, dscores, columns, scores, group_index, moments, *sizes, like=scores, **options
+    )
     return dscores
 
 

@@ -34,10 +34,11 @@ EPS_ADD_STD = tl.constexpr(2)
 
 
 @triton.jit
-def is_last(counter):
-    """Whether this program is the last to come here; it then sees what all others stored before they came."""
+def is_last(arrived, count):
+    """Whether this program is the last of `count` to ask, with all that the others stored before they asked in sight;
+    read that with cache_modifier=".cg", past the cache of this multiprocessor."""
     tl.debug_barrier()
-    return tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    return tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1
 
 
 # ---------------------------------------------------------------- numbers
@@ -107,14 +108,6 @@ def lowest_power(F: tl.constexpr):
     """An exponent whose power of 2 is all but 0, and finite: 0 * -inf never arises."""
     out: tl.constexpr = -126.0 if F.primitive_bitwidth == 32 else -1022.0
     return out
-
-
-@triton.jit
-def is_last(arrived, count):
-    """Whether this program is the last of `count` to ask, with all that the others stored before they asked in sight;
-    read that with cache_modifier=".cg", past the cache of this multiprocessor."""
-    tl.debug_barrier()
-    return tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1
 
 
 # ---------------------------------------------------------------- softcap
@@ -388,3 +381,246 @@ def whitening(variance, eps, eps_mode: tl.constexpr):
         inverse = 1.0 / tl.sqrt(at_least(variance, eps))
         slope = tl.where(variance < eps, 0.0, -0.5 * inverse * inverse * inverse)
     return inverse, slope
+
+
+# ---------------------------------------------------------------- weights against the mismatch of a rollout engine
+
+
+@triton.jit
+def rollout_weight(log_ratio, low, high, log_ratio_clamp, truncate: tl.constexpr):
+    """(weight, whether the ratio is below low, whether it is above high)."""
+    ratio = exponential(clamp(log_ratio, -log_ratio_clamp, log_ratio_clamp))
+    is_low, is_high = ratio < low, ratio > high
+    if truncate:
+        weight = tl.where(is_low, low, tl.where(is_high, high, ratio))
+    else:
+        weight = tl.where(is_low | is_high, 0.0, ratio)
+    return weight, is_low, is_high
+
+
+# ---------------------------------------------------------------- surrogates of the policy
+#
+# Options are in the order of SURROGATES in ops/policy_loss.py, whose order this is too. `ratio` is that of the level,
+# `log_ratio` that of the token alone; clipped is nothing where the advantage is 0.
+
+CLIP = tl.constexpr(0)
+REINFORCE = tl.constexpr(1)
+CISPO = tl.constexpr(2)
+SAPO = tl.constexpr(3)
+GMPO = tl.constexpr(4)
+
+
+@triton.jit
+def ratio_of(log_ratio, log_ratio_clamp):
+    """(ratio, whether its logarithm is beyond the clamp, where the ratio is constant)."""
+    clamped = (log_ratio > log_ratio_clamp) | (log_ratio < -log_ratio_clamp)
+    return exponential(clamp(log_ratio, -log_ratio_clamp, log_ratio_clamp)), clamped
+
+
+@triton.jit
+def clip_surrogate(advantage, ratio, epsilon_low, epsilon_high, dual_clip):
+    bottom, top = 1.0 - epsilon_low, 1.0 + epsilon_high
+    low = (advantage < 0.0) & (ratio < bottom)
+    high = (advantage > 0.0) & (ratio > top)
+    dual = (advantage < 0.0) & (ratio > dual_clip)
+    bound = tl.where(low, bottom, tl.where(high, top, tl.where(dual, dual_clip, ratio)))
+    return -bound * advantage, tl.where(low | high | dual, 0.0, -ratio * advantage), low, high, dual
+
+
+@triton.jit
+def cispo_surrogate(logp, advantage, ratio, epsilon_low, epsilon_high):
+    bottom, top, counts = 1.0 - epsilon_low, 1.0 + epsilon_high, advantage != 0.0
+    low, high = ratio < bottom, ratio > top
+    slope = -tl.where(low, bottom, tl.where(high, top, ratio)) * advantage
+    return slope * logp, slope, counts & low, counts & high
+
+
+@triton.jit
+def sapo_surrogate(advantage, ratio, tau_positive, tau_negative):
+    tau = tl.where(advantage > 0.0, tau_positive, tau_negative)
+    x = tau * (ratio - 1.0)
+    e = exponential(tl.where(x > 0.0, -x, x))
+    larger = 1.0 / (1.0 + e)
+    sigmoid = tl.where(x < 0.0, e * larger, larger)
+    slope = -4.0 * advantage * ratio * (e * larger * larger)
+    return -4.0 * advantage / tau * sigmoid, tl.where(e == 0.0, 0.0, slope)  # where the ratio may be infinite
+
+
+@triton.jit
+def gmpo_surrogate(advantage, log_ratio, ratio, epsilon_low, epsilon_high):
+    loss = -ratio * advantage
+    low = (advantage < 0.0) & (log_ratio < -epsilon_low)
+    high = (advantage > 0.0) & (log_ratio > epsilon_high)
+    return loss, low, high
+
+
+@triton.jit
+def log_ratio_term(surrogate: tl.constexpr, log_ratio, advantage, option_0, option_1):
+    """What the ratio of a sequence is the mean of, and its derivative by the log-ratio of the token."""
+    value, slope = log_ratio, tl.full(log_ratio.shape, 1.0, log_ratio.dtype)
+    if surrogate == GMPO:
+        low = (advantage < 0.0) & (log_ratio < -option_0)
+        high = (advantage > 0.0) & (log_ratio > option_1)
+        nothing = advantage == 0.0
+        value = tl.where(low, -option_0, tl.where(high, option_1, tl.where(nothing, 0.0, log_ratio)))
+        slope = tl.where(low | high | nothing, 0.0, slope)
+    return value, slope
+
+
+@triton.jit
+def surrogate_loss(surrogate: tl.constexpr, logp, advantage, log_ratio, ratio, option_0, option_1, option_2):
+    """(loss, d(loss) / d(log of the ratio), d(loss) / d(logp) beside that, clipped low, clipped high, dual clipped)."""
+    ratio_slope = tl.zeros_like(advantage)
+    logp_slope = ratio_slope
+    low = ratio_slope > 0.0
+    high, dual = low, low
+    if surrogate == CLIP:
+        loss, ratio_slope, low, high, dual = clip_surrogate(advantage, ratio, option_0, option_1, option_2)
+    elif surrogate == REINFORCE:
+        loss, logp_slope = -advantage * logp, -advantage
+    elif surrogate == CISPO:
+        loss, logp_slope, low, high = cispo_surrogate(logp, advantage, ratio, option_0, option_1)
+    elif surrogate == SAPO:
+        loss, ratio_slope = sapo_surrogate(advantage, ratio, option_0, option_1)
+    else:
+        loss, low, high = gmpo_surrogate(advantage, log_ratio, ratio, option_0, option_1)
+        ratio_slope = loss
+    return loss, ratio_slope, logp_slope, low, high, dual
+
+
+# ---------------------------------------------------------------- clipped critic loss
+
+
+@triton.jit
+def clipped_critic_loss(value, old_value, target, epsilon):
+    """(loss, d(loss) / d(value), squared error of the value, clipped); epsilon is infinite for no clip."""
+    change = value - old_value
+    inside = (change <= epsilon) & (change >= -epsilon)
+    error = value - target
+    clipped_error = tl.where(inside, value, old_value + clamp(change, -epsilon, epsilon)) - target
+    # Asked this way round, a NaN anywhere is chosen; and the slope of the clipped branch is 0, or NaN.
+    unclipped = error * error >= clipped_error * clipped_error
+    chosen = tl.where(unclipped, error, clipped_error)
+    slope = tl.where(unclipped, error, clipped_error - clipped_error)
+    return 0.5 * chosen * chosen, slope, error * error, clipped_error * clipped_error > error * error
+
+
+# ---------------------------------------------------------------- losses of a pair of completions, in float64
+#
+# In the order of LOSS_TYPES in ops/preference.py
+
+SIGMOID = tl.constexpr(0)
+IPO = tl.constexpr(1)
+HINGE = tl.constexpr(2)
+ROBUST = tl.constexpr(3)
+EXO = tl.constexpr(4)
+NCA = tl.constexpr(5)
+SPPO = tl.constexpr(6)
+APO_ZERO = tl.constexpr(7)
+APO_DOWN = tl.constexpr(8)
+DISCOPOP = tl.constexpr(9)
+
+
+@triton.jit
+def log_1_plus(x):
+    """log(1 + x) for x > -1/2: log(u) x / (u - 1), in which the rounding of u = 1 + x cancels to first order."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def logistic(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def log_logistic(x):
+    return tl.where(x < 0.0, x, 0.0) - log_1_plus(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def pair_loss(loss_type: tl.constexpr, chosen, rejected, beta, smoothing, margin):
+    """(loss, its slope in chosen, its slope in rejected); z = beta (chosen - rejected) - margin, whose slope dz all
+    losses of the difference go through."""
+    z, half = beta * (chosen - rejected) - margin, 0.5 / beta
+    won, lost = logistic(z), logistic(-z)
+    r_w, r_l = beta * chosen, beta * rejected
+    dz = tl.zeros_like(z)
+    if loss_type == SIGMOID:
+        value = -(1.0 - smoothing) * log_logistic(z) - smoothing * log_logistic(-z)
+        dz = smoothing * won - (1.0 - smoothing) * lost
+    elif loss_type == HINGE:
+        value = tl.where(z > 1.0, 0.0, 1.0 - z)  # so that a NaN stays one
+        dz = tl.where(z >= 1.0, 0.0, -1.0).to(tl.float64)
+    elif loss_type == ROBUST:
+        value = (smoothing * log_logistic(-z) - (1.0 - smoothing) * log_logistic(z)) / (1.0 - 2.0 * smoothing)
+        dz = -(smoothing * won + (1.0 - smoothing) * lost) / (1.0 - 2.0 * smoothing)
+    elif loss_type == EXO:
+        log_right, log_wrong = log_1_plus(-smoothing), tl.log(smoothing)
+        value = won * (log_logistic(z) - log_right) + lost * (log_logistic(-z) - log_wrong)
+        dz = won * lost * (z - log_right + log_wrong)
+    elif loss_type == DISCOPOP:
+        rate = 1 / 0.05
+        late, early = logistic(z * rate), logistic(-z * rate)
+        power = tl.exp(log_logistic(z * rate) - z)  # late * exp(-z), which may overflow
+        value = power - early * log_logistic(z)
+        dz = power * (early * rate - 1.0) - early * (lost - late * rate * log_logistic(z))
+    dchosen, drejected = beta * dz, -beta * dz
+    if loss_type == IPO:
+        gap = chosen - rejected - half
+        value, dchosen, drejected = gap * gap, 2.0 * gap, -2.0 * gap
+    elif loss_type == NCA:
+        value = -log_logistic(r_w) - 0.5 * (log_logistic(-r_w) + log_logistic(-r_l))
+        dchosen, drejected = beta * (0.5 * logistic(r_w) - logistic(-r_w)), beta * 0.5 * logistic(r_l)
+    elif loss_type == SPPO:
+        value = (chosen - half) * (chosen - half) + (rejected + half) * (rejected + half)
+        dchosen, drejected = 2.0 * (chosen - half), 2.0 * (rejected + half)
+    elif loss_type == APO_ZERO:
+        value = logistic(-r_w) + logistic(r_l)
+        dchosen, drejected = -beta * logistic(r_w) * logistic(-r_w), beta * logistic(r_l) * logistic(-r_l)
+    elif loss_type == APO_DOWN:
+        value = logistic(r_w) + lost
+        dchosen = beta * (logistic(r_w) * logistic(-r_w) - won * lost)
+        drejected = beta * won * lost
+    return value, dchosen, drejected
+
+
+# ---------------------------------------------------------------- sequences, and sums over all programs
+
+
+@triton.jit
+def bounds_of(cu_seqlens, sequence, B):
+    """Where a sequence begins and ends; that beyond the last, of the one program of an empty batch, is empty."""
+    begin = tl.load(cu_seqlens + sequence, mask=sequence < B, other=0)
+    return begin, tl.load(cu_seqlens + sequence + 1, mask=sequence < B, other=0)
+
+
+@triton.jit
+def valid_of(mask, at, end):
+    valid = at < end
+    if mask is not None:
+        valid &= tl.load(mask + at, mask=valid, other=0) != 0
+    return valid
+
+
+@triton.jit
+def add_up(sums, partials, counter, loss, stats, STATS: tl.constexpr, BLOCK: tl.constexpr):
+    """The last program adds up the `sums` of all, (programs, len(sums)), in one order whichever it is. Stats are the last
+    of them; the first is the loss, where one is asked for."""
+    SUMS: tl.constexpr = len(sums)
+    ours = partials + tl.program_id(0).to(tl.int64) * SUMS
+    for i in tl.static_range(SUMS):
+        tl.store(ours + i, sums[i].to(tl.float64))
+    if is_last(counter, tl.num_programs(0)):
+        ROWS: tl.constexpr = BLOCK // 4
+        row, k = tl.arange(0, ROWS)[:, None], tl.arange(0, 16)
+        total = tl.zeros((ROWS, 16), tl.float64)
+        for first in range(0, tl.num_programs(0), ROWS):
+            at = (first + row).to(tl.int64) * SUMS + k[None, :]
+            inside = (first + row < tl.num_programs(0)) & (k[None, :] < SUMS)
+            total += tl.load(partials + at, mask=inside, other=0.0, cache_modifier=".cg")
+        result = tl.sum(total, 0)
+        if loss is not None:
+            tl.store(loss + k, result.to(loss.dtype.element_ty), mask=k == 0)
+        tl.store(stats + k - (SUMS - STATS), result, mask=(k >= SUMS - STATS) & (k < SUMS))

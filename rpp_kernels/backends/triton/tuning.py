@@ -59,6 +59,10 @@ TABLE: dict[tuple[str, torch.dtype | None, str | None], Config] = {
     ("group_advantages_kernel", ANY, "interpreter"): Config(16, 4, INTERPRETER),
     ("group_gradient_kernel", ANY, ANY): Config(32, 4, PAIRS),
     ("group_gradient_kernel", ANY, "interpreter"): Config(16, 4, INTERPRETER),
+    ("policy_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("policy_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
+    ("value_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("value_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
 }
 
 
