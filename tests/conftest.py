@@ -53,6 +53,7 @@ def _interpret_faster():
         return unchanged
 
     interpreter._patch_lang = change_once
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None  # tensors of a CPU were written where they lie
 
 
 if triton.INTERPRETED and not triton.PROBLEM:

@@ -101,8 +101,9 @@ class Chunks:
         self.kernels, self.group = kernels(head.backend), named_group(head.group_name)
         x = head.hidden_states
         self.dtype = result_dtype(x)  # of logits, sums and results
-        # The libraries of a CPU round what they make of half operands to half.
-        self.operands = self.dtype if x.device.type == "cpu" else x.dtype
+        # The libraries of a CPU round what they make of half operands to half. And before a loss scale has brought them
+        # into its range, gradients of logits underflow in float16.
+        self.operands = self.dtype if x.device.type == "cpu" or x.dtype == torch.float16 else x.dtype
         self.weight = head.weight.to(self.operands)
         self.bias, self.lora_A, self.lora_B = (None if p is None else p.to(self.operands) for p in head.learned[2:])
         self.vocab = self.weight.shape[0]

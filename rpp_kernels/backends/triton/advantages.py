@@ -49,7 +49,7 @@ def moments_kernel(
     x = tl.load(values + at, mask=valid, other=0.0).to(tl.float64)
     count, mean, squares = block_moments(x, valid)
     store_moments(parts, tl.program_id(0).to(tl.int64), count, mean, squares)
-    if is_last(done):
+    if is_last(done, tl.num_programs(0)):
         count, mean, squares = merged_moments(parts, BLOCK)
         store_moments(out, 0, count, mean, squares)
 
@@ -136,7 +136,7 @@ def whiten_sums_kernel(
     part = parts + 2 * tl.program_id(0).to(tl.int64)
     tl.store(part, tl.sum(d))
     tl.store(part + 1, tl.sum(tl.where(valid, d * (x - mean), 0.0)))
-    if is_last(done):
+    if is_last(done, tl.num_programs(0)):
         sums, products = tl.full([BLOCK], 0.0, tl.float64), tl.full([BLOCK], 0.0, tl.float64)
         n = tl.num_programs(0)
         for k in range(0, n, BLOCK):
@@ -243,7 +243,7 @@ def reinforce_pp_kernel(
         block_count, block_mean, block_squares = block_moments(result.to(tl.float64), valid)
         count, mean, squares = with_moments(count, mean, squares, block_count, block_mean, block_squares)
     store_moments(parts, i, count, mean, squares)
-    if is_last(done):
+    if is_last(done, tl.num_programs(0)):
         count, mean, squares = merged_moments(parts, BLOCK)
         store_moments(out, 0, count, mean, squares)
 
