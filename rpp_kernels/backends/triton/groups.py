@@ -290,6 +290,7 @@ def _group_advantages(
     keep_singletons: bool,
 ) -> None:
     scores = tensors[3]
+    assert scores is not None
     options = {"baseline": baseline, "std": std, "unbiased": unbiased, "keep_singletons": keep_singletons}
     numbers = scores.numel(), group_size, eps
     launch(group_advantages_kernel, blocks(group_advantages_kernel, scores), *tensors, *numbers, like=scores, **options)
