@@ -38,4 +38,4 @@ def kernels() -> Any:
     return SimpleNamespace(**{name: getattr(module, name) for module in modules for name in module.__all__})
 
 
-_FILES = ("kl", "losses")
+_FILES = ("kl", "losses", "preference", "rollout")
