@@ -39,3 +39,4 @@ def kernels() -> Any:
 
 
 _FILES = ("advantages", "groups", "kl", "logps", "losses", "rewards")
+_FILES = ("kl", "losses", "preference", "rollout")

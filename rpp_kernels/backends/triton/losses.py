@@ -154,66 +154,64 @@ def policy_kernel(
             of_sequence = (1.0 / length).to(F)
         if level == SEQUENCE_SUM:
             length = number(1.0, tl.float64)
-        plain_ratio, plain_clamped = ratio_of(none + (plain / length).to(F), most)
-        terms_ratio, terms_clamped = ratio_of(none + (terms / length).to(F), most)
+        plain_ratio, plain_clamped = ratio_of(none_wide + plain / length, most.to(tl.float64))
+        terms_ratio, terms_clamped = ratio_of(none_wide + terms / length, most.to(tl.float64))
 
     losses, log_ratios = none_wide, none_wide  # of both signs
     ratios, kls, moved, kl_moved = none, none, none, none
     count, lows, highs, duals = never, never, never, never
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        valid, logp, d, a = load_policy(logps, old_logps, advantages, mask, sequence, at, end, sequence_advantages)
-        if level == TOKEN:
-            ratio, clamped = ratio_of(d, most)
-            r, r_clamped = ratio, clamped
-        else:
-            ratio, clamped = plain_ratio, plain_clamped
-            r, r_clamped = terms_ratio, terms_clamped
-        each, through, dlogp, low, high, dual = surrogate_loss(surrogate, logp, a, d, r, x_0, x_1, x_2)
-        through, weight = tl.where(r_clamped, 0.0, through), none + of_sequence
-        if weights is not None:
-            w = tl.load(weights + at, mask=valid, other=0.0)
-            each, through, dlogp = each * w, through * w, dlogp * w
-        if dloss is not None:
-            weight *= tl.load(dloss + at, mask=valid, other=0.0)
-        if ref_logps is not None:
-            ref_logp = tl.load(ref_logps + at, mask=valid, other=0.0)
-            kl, of_kl, kl_dlogp, kl_through = kl_in_loss(
-                *(logp, ref_logp, ratio, clamped, number(beta, F), most, number(kl_clamp, F)),
-                *(kl_estimator, kl_gradient, kl_bias_correction),
-            )
-            each, dlogp, kls = each + of_kl, dlogp + kl_dlogp, kls + kl
-            if shared & kl_bias_correction:
-                kl_moved += tl.where(valid, kl_through * weight, 0.0)
-            elif kl_bias_correction:
-                dlogp += kl_through
-        if entropy is not None:
-            coefficient = number(entropy_coef, F)
-            each -= tl.load(entropy + at, mask=valid, other=0.0) * coefficient
-            tl.store(entropy_slope + at, tl.where(valid, -coefficient * of_sequence, 0.0), mask=at < end)
-        if shared:
-            moved += tl.where(valid, through * weight, 0.0)
-        else:
-            dlogp += through
-        each = tl.where(valid, each, 0.0)
-        tl.store(slope + at, tl.where(valid, dlogp * weight, 0.0), mask=at < end)
-        if token_loss is not None:
-            tl.store(token_loss + at, each, mask=at < end)
-        losses, log_ratios = losses + each.to(tl.float64), log_ratios - d.to(tl.float64)
-        ratios += tl.where(valid, ratio, 0.0)
-        count, lows = count + valid.to(tl.int32), lows + low.to(tl.int32)
-        highs, duals = highs + high.to(tl.int32), duals + dual.to(tl.int32)
-
-    if shared:  # one ratio, of which each token moves 1 / length
-        tl.debug_barrier()  # other threads may have stored the slopes
-        share = (tl.sum(moved.to(tl.float64)) / length).to(F)
-        kl_share = (tl.sum(kl_moved.to(tl.float64)) / length).to(F)
+    for turn in tl.static_range(1 + shared):  # a ratio that is shared moves by 1 / length with each token: see below
+        if turn == 1:
+            share = (tl.sum(moved.to(tl.float64)) / length).to(F)
+            kl_share = (tl.sum(kl_moved.to(tl.float64)) / length).to(F)
         for start in range(begin, end, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            valid, _, d, a = load_policy(logps, old_logps, advantages, mask, sequence, at, end, sequence_advantages)
-            moves = log_ratio_term(surrogate, d, a, x_0, x_1)[1]
-            whole = tl.load(slope + at, mask=valid, other=0.0) + share * moves + kl_share
-            tl.store(slope + at, tl.where(valid, whole, 0.0), mask=at < end)
+            valid, logp, d, a = load_policy(logps, old_logps, advantages, mask, sequence, at, end, sequence_advantages)
+            if level == TOKEN:
+                ratio, clamped = ratio_of(d, most)
+                r, r_clamped = ratio, clamped
+            else:
+                ratio, clamped = plain_ratio.to(F), plain_clamped
+                r, r_clamped = terms_ratio.to(F), terms_clamped
+            each, through, dlogp, low, high, dual = surrogate_loss(surrogate, logp, a, d, r, x_0, x_1, x_2)
+            through, kl_through, weight = tl.where(r_clamped, 0.0, through), none, none + of_sequence
+            if weights is not None:
+                w = tl.load(weights + at, mask=valid, other=0.0)
+                each, through, dlogp = each * w, through * w, dlogp * w
+            if dloss is not None:
+                weight *= tl.load(dloss + at, mask=valid, other=0.0)
+            if ref_logps is not None:
+                ref_logp = tl.load(ref_logps + at, mask=valid, other=0.0)
+                kl, of_kl, kl_dlogp, kl_through = kl_in_loss(
+                    *(logp, ref_logp, ratio, clamped, number(beta, F), most, number(kl_clamp, F)),
+                    *(kl_estimator, kl_gradient, kl_bias_correction),
+                )
+                each, dlogp = each + of_kl, dlogp + kl_dlogp
+            if not shared:
+                dlogp += through + kl_through
+            dlogp *= weight
+            if turn == 1:
+                dlogp += share * log_ratio_term(surrogate, d, a, x_0, x_1)[1] + kl_share
+            if turn == shared:
+                tl.store(slope + at, tl.where(valid, dlogp, 0.0), mask=at < end)
+            if turn == 0:
+                if entropy is not None:
+                    coefficient = number(entropy_coef, F)
+                    each -= tl.load(entropy + at, mask=valid, other=0.0) * coefficient
+                    tl.store(entropy_slope + at, tl.where(valid, -coefficient * of_sequence, 0.0), mask=at < end)
+                each = tl.where(valid, each, 0.0)
+                if token_loss is not None:
+                    tl.store(token_loss + at, each, mask=at < end)
+                losses, log_ratios = losses + each.to(tl.float64), log_ratios - d.to(tl.float64)
+                ratios += tl.where(valid, ratio, 0.0)
+                count, lows = count + valid.to(tl.int32), lows + low.to(tl.int32)
+                highs, duals = highs + high.to(tl.int32), duals + dual.to(tl.int32)
+                if ref_logps is not None:
+                    kls += kl
+                if shared:
+                    moved += tl.where(valid, through * weight, 0.0)
+                if shared & kl_bias_correction:
+                    kl_moved += tl.where(valid, kl_through * weight, 0.0)
 
     tokens = tl.sum(count)
     sums = (tl.sum(losses) * of_sequence.to(tl.float64), tokens, tokens > 0, tl.sum(lows), tl.sum(highs), tl.sum(duals))

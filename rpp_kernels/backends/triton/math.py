@@ -606,14 +606,16 @@ def valid_of(mask, at, end):
 
 @triton.jit
 def add_up(sums, partials, counter, loss, stats, STATS: tl.constexpr, BLOCK: tl.constexpr):
-    """The last program adds up the `sums` of all, (programs, len(sums)), in one order whichever it is. Stats are the last
-    of them; the first is the loss, where one is asked for."""
+    """The last program adds up the `sums` of all, (programs, len(sums)), in one order whichever it is. The last of them
+    are the stats; the first is the loss, where one is asked for."""
     SUMS: tl.constexpr = len(sums)
     ours = partials + tl.program_id(0).to(tl.int64) * SUMS
     for i in tl.static_range(SUMS):
         tl.store(ours + i, sums[i].to(tl.float64))
     if is_last(counter, tl.num_programs(0)):
         ROWS: tl.constexpr = BLOCK // 4
+    if is_last(counter):
+        ROWS: tl.constexpr = BLOCK // 8
         row, k = tl.arange(0, ROWS)[:, None], tl.arange(0, 16)
         total = tl.zeros((ROWS, 16), tl.float64)
         for first in range(0, tl.num_programs(0), ROWS):

@@ -63,6 +63,14 @@ TABLE: dict[tuple[str, torch.dtype | None, str | None], Config] = {
     ("policy_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
     ("value_kernel", ANY, ANY): Config(1024, 8, MODELLED),
     ("value_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
+    ("rollout_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("rollout_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
+    ("dpo_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("dpo_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
+    ("copg_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("copg_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
+    ("spread_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("spread_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
 }
 
 
