@@ -1,5 +1,6 @@
 """Which backends the tests of the ops run on, and where."""
 
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,11 @@ if not ON_GPU:  # Triton's kernels are then interpreted, which they must know be
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from rpp_kernels import backends  # noqa: E402
+
+if not ON_GPU and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.prepare()
 
 # Another backend, or another device for one that is there, is one more line.
 RUNS = (

@@ -50,9 +50,7 @@ def token_rewards_fwd(scores: Tensor, kl: Tensor, mask: Tensor | None, cu_seqlen
     return rewards
 
 
-def token_rewards_bwd(
-    drewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor, beta: float
-) -> tuple[Tensor, Tensor]:
+def token_rewards_bwd(drewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     count = cu_seqlens.numel() - 1
     dscores, dkl = drewards.new_empty(count), torch.empty_like(drewards)
     launch(token_rewards_kernel, count, dkl, dscores, drewards, None, mask, cu_seqlens, beta, like=dkl)
