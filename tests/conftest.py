@@ -13,6 +13,11 @@ if not ON_GPU:  # Triton's kernels are then interpreted, which they must know be
 from rpp_kernels import backends  # noqa: E402
 from rpp_kernels.backends import triton  # noqa: E402
 
+if triton.INTERPRETED and not triton.PROBLEM:
+    import interpreter
+
+    interpreter.prepare()
+
 # Another backend, or another device for one that is there, is one more line.
 RUNS = (
     ("native", "cpu"),
@@ -36,28 +41,6 @@ def pytest_collection_modifyitems(items):
         for i, case in enumerate(cases):
             if i % 8:
                 case.add_marker(pytest.mark.interpreted)
-
-
-def _interpret_faster():
-    """Triton's interpreter makes the same changes to its language for every call of every function, and undoes them:
-    half of its time. Nothing but interpreted kernels sees that language here, so once is enough."""
-    from triton.runtime import interpreter
-
-    change, unchanged, changed = interpreter._patch_lang, type("Unchanged", (), {"restore": lambda self: None})(), set()
-
-    def change_once(function):
-        language = frozenset({"tl", "core"} & function.__globals__.keys())
-        if language not in changed:
-            changed.add(language)
-            change(function)
-        return unchanged
-
-    interpreter._patch_lang = change_once
-    interpreter.GridExecutor._restore_args_dev = lambda *_: None  # tensors of a CPU were written where they lie
-
-
-if triton.INTERPRETED and not triton.PROBLEM:
-    _interpret_faster()
 
 
 def pytest_configure(config):

@@ -38,5 +38,4 @@ def kernels() -> Any:
     return SimpleNamespace(**{name: getattr(module, name) for module in modules for name in module.__all__})
 
 
-_FILES = ("advantages", "groups", "kl", "logps", "losses", "rewards")
-_FILES = ("kl", "losses", "preference", "rollout")
+_FILES = ("advantages", "groups", "kl", "logps", "losses", "preference", "rewards", "rollout")

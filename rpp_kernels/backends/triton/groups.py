@@ -11,12 +11,13 @@ from torch import Tensor
 
 from rpp_kernels.backends.triton.advantages import moments as moments_of
 from rpp_kernels.backends.triton.launch import blocks, kernel, launch
-from rpp_kernels.backends.triton.math import at_least, degrees_of, number
+from rpp_kernels.backends.triton.math import at_least, degrees_of, inverse_or_0, number
 
 __all__ = ["group_advantages_bwd", "group_advantages_fwd"]
 
 # In the order of BASELINES and STDS in ops/groups.py
 BASELINE_LEAVE_ONE_OUT = tl.constexpr(1)
+STD_NONE = tl.constexpr(0)
 STD_GROUP = tl.constexpr(1)
 STD_BATCH = tl.constexpr(2)
 STD_LEAVE_ONE_OUT = tl.constexpr(3)
@@ -51,10 +52,7 @@ def members(group_index, k, group, stop, group_size, BLOCK: tl.constexpr):
     """BLOCK others from the k-th on, (1, BLOCK), and which are of each row's group, (BLOCK, BLOCK)."""
     other = k + tl.arange(0, BLOCK).to(tl.int64)
     there = other < stop
-    if group_index is not None:
-        theirs = tl.load(group_index + other, mask=there, other=-2)
-    else:
-        theirs = other // group_size
+    theirs = other // group_size if group_index is None else tl.load(group_index + other, mask=there, other=-2)
     same = (group[:, None] == theirs[None, :]) & there[None, :]
     return other[None, :], same
 
@@ -132,10 +130,7 @@ def group_advantages_kernel(
         share = load_as_double(lengths, row, row < B) / divisor
     if baseline == BASELINE_LEAVE_ONE_OUT:
         centered = centered * (count / at_least(others, 1.0))
-    if keep_singletons:
-        centered = tl.where(others > 0, centered, score)
-    else:
-        centered = tl.where(others > 0, centered, 0.0)
+    centered = tl.where(others > 0, centered, score if keep_singletons else 0.0)
 
     # The standard deviation about `center`, two passes.
     center = score - less_mean
@@ -148,7 +143,7 @@ def group_advantages_kernel(
     if std == STD_BATCH:
         deviation += tl.sqrt(tl.load(of_all + 2) / degrees_of(tl.load(of_all), unbiased))
         inverse_std = 1.0 / (deviation + number(eps, tl.float64))
-    elif std == STD_GROUP or std == STD_LEAVE_ONE_OUT:
+    elif std != STD_NONE:
         squares = zeros(BLOCK)
         for k in range(first, stop, BLOCK):
             other, same = members(group_index, k, group, stop, group_size, BLOCK)
@@ -166,12 +161,12 @@ def group_advantages_kernel(
         dcentered = load_as_double(dadvantages, row, row < B) * inverse_std
         dstd = -dcentered * centered * inverse_std
         # d(std) / d(score) = (score - center) / (degrees std), and 0 where all scores are equal
-        rate = tl.where(deviation > 0, 1.0 / (degrees * deviation), 0.0)
+        rate = inverse_or_0(degrees * deviation)
         if std == STD_GROUP:
             dstd = tl.where(others > 0, dstd, 0.0)
-            center = tl.where(deviation > 0, rate * less_mean, 0.0)
+            center = tl.where(rate > 0, rate * less_mean, 0.0)
         elif std == STD_LEAVE_ONE_OUT:
-            dstd = tl.where(deviation > 0, rate * dstd, 0.0)
+            dstd = tl.where(rate > 0, rate * dstd, 0.0)
         tl.store(columns + COUNT * B + row, count, mask=row < B)
         tl.store(columns + SHARE * B + row, share, mask=row < B)
         tl.store(columns + DCENTERED * B + row, dcentered, mask=row < B)
@@ -213,10 +208,7 @@ def group_gradient_kernel(
     result = own - load_as_double(columns + SHARE * B, row, row < B) * tl.sum(dcentered, axis=1)
     if baseline == BASELINE_LEAVE_ONE_OUT:
         result = result * (count / at_least(others, 1.0))
-    if keep_singletons:
-        result = tl.where(others > 0, result, own)
-    else:
-        result = tl.where(others > 0, result, 0.0)
+    result = tl.where(others > 0, result, own if keep_singletons else 0.0)
     if std == STD_GROUP:
         result += tl.sum(dstds, axis=1) * load_as_double(columns + CENTER * B, row, row < B)
     elif std == STD_LEAVE_ONE_OUT:
@@ -228,8 +220,8 @@ def group_gradient_kernel(
             sums += load_as_double(columns + DSTD * B, other, other < B)
         degrees = degrees_of(tl.load(of_all), unbiased)
         deviation = tl.sqrt(tl.load(of_all + 2) / degrees)
-        through_std = tl.sum(sums) * (score - tl.load(of_all + 1)) / (degrees * deviation)
-        result += tl.where(deviation > 0, through_std, 0.0)
+        rate = inverse_or_0(degrees * deviation)
+        result += tl.where(rate > 0, tl.sum(sums) * (score - tl.load(of_all + 1)) * rate, 0.0)
     tl.store(dscores + row, result.to(dscores.dtype.element_ty), mask=row < B)
 
 

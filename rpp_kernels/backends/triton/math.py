@@ -62,6 +62,12 @@ def at_least(x, low):
 
 
 @triton.jit
+def inverse_or_0(x):
+    """1 / x where x > 0, else 0."""
+    return tl.where(x > 0, 1.0 / tl.where(x > 0, x, 1.0), 0.0)
+
+
+@triton.jit
 def clamp(x, low, high):
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
@@ -373,7 +379,7 @@ def whitening(variance, eps, eps_mode: tl.constexpr):
     if eps_mode == EPS_ADD_STD:
         std = tl.sqrt(variance)
         inverse = 1.0 / (std + eps)
-        slope = tl.where(std > 0, -inverse * inverse / (2.0 * std), 0.0)
+        slope = -0.5 * inverse * inverse * inverse_or_0(std)
     elif eps_mode == EPS_ADD_VAR:
         inverse = 1.0 / tl.sqrt(variance + eps)
         slope = -0.5 * inverse * inverse * inverse

@@ -15,18 +15,12 @@ def sequence_of(cu_seqlens):
 def tokens(k, begin, end, forward: tl.constexpr, BLOCK: tl.constexpr):
     """The places of a block, k tokens from where the scan starts."""
     lane = tl.arange(0, BLOCK).to(tl.int64)
-    if forward:
-        at = begin + k + lane
-    else:
-        at = end - BLOCK - k + lane
-    return at
+    return begin + k + lane if forward else end - BLOCK - k + lane
 
 
 @triton.jit
 def inside_and_valid(mask, at, begin, end):
+    """Which places are of the sequence, and which of these count."""
     inside = (at >= begin) & (at < end)
-    if mask is not None:
-        valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-    else:
-        valid = inside
+    valid = inside if mask is None else inside & (tl.load(mask + at, mask=inside, other=0) != 0)
     return inside, valid
