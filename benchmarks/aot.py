@@ -474,10 +474,8 @@ def of_logits(dtype: torch.dtype) -> dict[str, Variants]:
 
 # ---------------------------------------------------------------- what must hold, and what is written
 
-# Warps in flight hide the latency of memory. A quarter of all that fit, with several loads in flight in each, is what
-# kernels that only wait for memory need at least on these GPUs; double precision has half the lanes to feed.
-LEAST_OCCUPANCY = {"float64": 0.125}
-LEAST = 0.25
+# On each scheduler of a multiprocessor: one warp computes while another waits for its loads, of which each has several.
+LEAST_WARPS = 2
 MOST_WARPS = 16  # 1024 threads where a wave has 64
 
 
@@ -486,13 +484,12 @@ def problems(rows: Iterable[Row]) -> list[str]:
     found = []
     for row in rows:
         where = f"{row.kernel} ({row.variant}, {row.dtype}, {row.arch})"
-        least = LEAST_OCCUPANCY.get(row.dtype, LEAST)
         if row.spills:
             found.append(f"{where} spills {row.spills} bytes")
         if row.warps > MOST_WARPS:
             found.append(f"{where} has {row.warps} warps, more than {MOST_WARPS}")
-        if row.occupancy < least:
-            found.append(f"{where} fills {row.occupancy:.0%} of a multiprocessor, less than {least:.1%}")
+        if row.programs * row.warps < LEAST_WARPS * GPUS[row.arch].schedulers:
+            found.append(f"{where} leaves less than {LEAST_WARPS} warps to each scheduler: {row.registers} registers")
         if row.inline_assembly:
             found.append(f"{where} has inline assembly")
     return found

@@ -78,7 +78,7 @@ def test_what_a_kernel_may_not_need_is_said():
     assert [re.sub(r".*\) ", "", line) for line in problems([row])] == [
         "spills 8 bytes",
         "has 32 warps, more than 16",
-        "fills 0% of a multiprocessor, less than 25.0%",
+        "leaves less than 2 warps to each scheduler: 255 registers",
         "has inline assembly",
     ]
 
