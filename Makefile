@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test test-slow parity bench lint format build clean
+.PHONY: help demo demo-real test test-slow test-triton parity bench lint format build clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -18,10 +18,13 @@ demo-real: $(VENV)/installed-real  ## a few steps of SmolLM2-135M on reasoning-g
 	$(BIN)/rpp-train --config smollm2
 
 test: $(VENV)/installed  ## the tests, under ten minutes
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not interpreted" -n auto --maxprocesses 8
 
 test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, the wheel, aarch64
 	$(BIN)/python -m pytest -m slow
+
+test-triton: $(VENV)/installed  ## the rest of the Triton kernels' tests, in Triton's interpreter: about twenty minutes
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "interpreted and not slow" -n auto --maxprocesses 8
 
 parity: $(VENV)/installed-parity  ## our losses and advantages against those of TRL, verl, OpenRLHF and Liger
 	$(ONE_THREAD) RPP_KERNELS_REQUIRE_HOSTS=1 $(BIN)/python -m pytest tests/parity

@@ -1,5 +1,6 @@
 """Which backends the tests of the ops run on, and where."""
 
+import itertools
 import os
 
 import pytest
@@ -10,6 +11,12 @@ if not ON_GPU:  # Triton's kernels are then interpreted, which they must know be
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from rpp_kernels import backends  # noqa: E402
+from rpp_kernels.backends import triton  # noqa: E402
+
+if triton.INTERPRETED and not triton.PROBLEM:
+    import interpreter
+
+    interpreter.prepare()
 
 # Another backend, or another device for one that is there, is one more line.
 RUNS = (
@@ -25,6 +32,15 @@ def pytest_generate_tests(metafunc):
         kernels = metafunc.definition.get_closest_marker("kernels")
         runs = [run for run in RUNS if not kernels or run[0] != "reference"]
         metafunc.parametrize("run", runs, ids=map("-".join, runs), indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Of the interpreted cases of each test every eighth is among the others; `make test-triton` runs the rest."""
+    interpreted = [x for x in items if hasattr(x, "callspec") and x.callspec.params.get("run") == ("triton", "cpu")]
+    for _, cases in itertools.groupby(interpreted, lambda x: x.function):
+        for i, case in enumerate(cases):
+            if i % 8:
+                case.add_marker(pytest.mark.interpreted)
 
 
 def pytest_configure(config):

@@ -22,6 +22,7 @@ ALLOWED = {
         "rpp_kernels.reference",
         "rpp_kernels.distributed",
     ),
+    "rpp_kernels.integrations": ("rpp_kernels.integrations", "rpp_kernels.recipes", "rpp_kernels.ops"),
     "rpp_kernels.testing": ("rpp_kernels",),
     "rpp_kernels": ("rpp_kernels",),  # __init__ and __main__ gather the rest
     "rpp_trainer": ("rpp_trainer", "rpp_kernels"),
@@ -71,13 +72,14 @@ def test_the_trainer_uses_public_names_only(path):
 @pytest.mark.parametrize("path", [p for p in MODULES if within(name_of(p), "rpp_kernels")], ids=name_of)
 def test_the_library_needs_torch_and_nothing_else(path):
     roots = {name.split(".")[0] for name in imports_of(path)} - set(sys.stdlib_module_names) - {"rpp_kernels"}
-    assert roots <= THIRD_PARTY
+    triton = {"triton"} if within(name_of(path), "rpp_kernels.backends.triton") else set()
+    assert roots <= THIRD_PARTY | triton
 
 
 def test_importing_the_library_brings_no_heavy_package():
     code = (
-        "import sys, rpp_kernels; "
-        "print([m for m in ('transformers', 'matplotlib', 'rich', 'rpp_trainer', 'numpy.testing') if m in sys.modules])"
+        "import sys, rpp_kernels; heavy = ('transformers', 'matplotlib', 'rich', 'rpp_trainer', 'numpy.testing', "
+        "'rpp_kernels.backends.triton.math'); print([m for m in heavy if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

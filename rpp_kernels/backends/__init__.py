@@ -1,7 +1,8 @@
 """The only place that chooses which backend runs an op.
 
-A backend is an object with one function for each kernel (`logps_fwd`, `kl_bwd`, ...), all of one meaning: `native` is
-C++, `triton` is Triton. "reference" is not one of those: the public function then runs the spec itself, and PyTorch's autograd with it.
+A backend is an object with one function for each kernel (`logps_fwd`, `kl_bwd`, ...), all of one meaning; `native` is
+C++, and `triton` Triton. "reference" is not one of those: the public function then runs the spec itself, and PyTorch's
+autograd with it.
 """
 
 import os
@@ -16,7 +17,7 @@ from rpp_kernels.backends import native, triton
 
 NAMES = ("native", "triton", "reference")
 
-# For each device type the backends that may serve it, best first; the reference serves all others, and where none works.
+# For each device type the backends that may serve it, best first. The reference serves where none of them works.
 _PREFERENCE = {"cpu": ("native",), "cuda": ("triton",), "xpu": ("triton",)}
 
 _VARIABLE = "RPP_KERNELS_BACKEND"

@@ -29,17 +29,18 @@ _BYTES, _LOGITS_IN_GRADIENTS = 2 << 30, 4
 
 
 def chunk_tokens(
-    device: torch.device, dtype: torch.dtype, operands: torch.dtype, V: int, H: int, plan: Plan
+    side_by_side: bool, dtype: torch.dtype, operands: torch.dtype, V: int, H: int, plan: Plan
 ) -> tuple[int, int]:
     """How many tokens have logits at a time, and how many are multiplied together backward."""
     row = V * dtype.itemsize
-    if device.type == "cpu":
+    together = 1 if side_by_side else _LOGITS_IN_GRADIENTS
+    if side_by_side:
         default = max(_CPU_TOKENS, _CPU_LEAST_BYTES // (row + 2 * H * dtype.itemsize))
         tokens = max(1, (plan.chunk_bytes or min(default * row, _CPU_MOST_BYTES)) // row)
-        tokens = min(tokens, INVARIANT_TOKENS) if plan.batch_invariant else tokens
-        return tokens, tokens
-    tokens = max(1, (plan.chunk_bytes or _BYTES) // (row + _LOGITS_IN_GRADIENTS * V * operands.itemsize))
-    return tokens, _LOGITS_IN_GRADIENTS * tokens
+    else:
+        tokens = max(1, (plan.chunk_bytes or _BYTES) // (row + together * V * operands.itemsize))
+    tokens = min(tokens, INVARIANT_TOKENS) if plan.batch_invariant else tokens
+    return tokens, together * tokens
 
 
 def balanced(n: int, most: int) -> list[slice]:
@@ -100,15 +101,21 @@ class Chunks:
         self.kernels, self.group = kernels(head.backend), named_group(head.group_name)
         x = head.hidden_states
         self.dtype = result_dtype(x)  # of logits, sums and results
-        # The libraries of a CPU round what they make of half operands to half.
-        self.operands = self.dtype if x.device.type == "cpu" else x.dtype
+        # The libraries of a CPU round what they make of half operands to half. And before a loss scale has brought them
+        # into its range, gradients of logits underflow in float16.
+        self.operands = self.dtype if x.device.type == "cpu" or x.dtype == torch.float16 else x.dtype
         self.weight = head.weight.to(self.operands)
         self.bias, self.lora_A, self.lora_B = (None if p is None else p.to(self.operands) for p in head.learned[2:])
         self.vocab = self.weight.shape[0]
         self.widest = self._widest_shard()
+        # On a CPU the tokens of a chunk lie side by side, which makes all three products faster, and are gone through
+        # in order, so that a gradient may take the place of logits. Kernels of a GPU have a row for each token.
+        self.side_by_side = head.backend == "native" and x.device.type == "cpu"
         sizes = self.widest, x.shape[1]
-        self.tokens, self.gradient_tokens = chunk_tokens(x.device, self.dtype, self.operands, *sizes, self.plan)
-        self.in_place = self.tokens == self.gradient_tokens and self.operands == self.dtype
+        self.tokens, self.gradient_tokens = chunk_tokens(
+            self.side_by_side, self.dtype, self.operands, *sizes, self.plan
+        )
+        self.in_place = self.side_by_side and self.tokens == self.gradient_tokens and self.operands == self.dtype
         if head.mask is not None and self.plan.skip_rows:
             self.rows, self.mask = head.mask.nonzero().squeeze(1), None
         else:
@@ -128,7 +135,7 @@ class Chunks:
     def widen(self, lengths: Sequence[int]) -> None:
         """Larger chunks for what is to lie in one, of these lengths, unless someone has said how large they are. That
         costs a few percent of the best size's speed; logits that are made again are a fourth product beside three."""
-        if self.head.hidden_states.device.type == "cpu" and not self.plan.chunk_bytes and not self.plan.batch_invariant:
+        if self.side_by_side and not self.plan.chunk_bytes and not self.plan.batch_invariant:
             most = _CPU_MOST_BYTES // (self.widest * self.dtype.itemsize)
             self.tokens = self.gradient_tokens = max(self.tokens, *(n for n in lengths if n <= most), 0)
 
@@ -183,9 +190,9 @@ class Chunks:
         return self._logits
 
     def _block(self, memory: Tensor, tokens: int) -> Tensor:
-        """(tokens, V) of flat memory; on CPU tokens lie side by side, which makes all three products faster."""
+        """(tokens, V) of flat memory."""
         memory = memory[: tokens * self.vocab]
-        return memory.view(self.vocab, tokens).T if memory.device.type == "cpu" else memory.view(tokens, self.vocab)
+        return memory.view(self.vocab, tokens).T if self.side_by_side else memory.view(tokens, self.vocab)
 
     def _temperature(self, rows: Tensor) -> Tensor | None:
         if self.head.token_temperature is None:

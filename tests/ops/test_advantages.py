@@ -124,11 +124,11 @@ def test_gradient_of_one_result_of_gae_alone(which, backend, device):
     assert torch.autograd.gradcheck(lambda r, v: getattr(rpp.gae(r, v, x["completion_mask"], **options), which), inputs)
 
 
-def test_long_float32_sums_keep_their_digits(backend, device):
+def test_long_float32_sums_keep_their_digits(run, device):
     # 2^16 rewards of 0.1: a float32 carry drifts by 1e-3 of the sum, a float64 one by nothing visible.
-    if backend == "reference":
+    if run[0] == "reference":
         pytest.skip("the spec carries in the dtype of the input, and walks 65536 steps in Python")
-    n = 1 << 16
+    n = 1 << (13 if run == ("triton", "cpu") else 16)  # an interpreter is slow, and sees 1e-5 of the sum as well
     rewards = torch.full((1, n), 0.1, device=device)
     exact = rewards.double().flip(1).cumsum(1).flip(1)
     assert_close(rpp.returns(rewards).double(), exact, rtol=2.0**-23, atol=0)

@@ -304,7 +304,7 @@ def test_only_some_inputs_require_grad(function, needed, device):
 @pytest.mark.parametrize(("vocab", "hidden"), [(16, 1024), (300, 64), (5000, 64), (32000, 1024), (1 << 20, 64)])
 def test_a_chunk_of_tokens_is_no_larger_than_its_budget(vocab, hidden):
     plan = chunks.Plan(0, 0, True, False)
-    tokens, _ = chunks.chunk_tokens(torch.device("cpu"), torch.float32, torch.float32, vocab, hidden, plan)
+    tokens, _ = chunks.chunk_tokens(True, torch.float32, torch.float32, vocab, hidden, plan)
     assert tokens <= 384 or 4 * tokens * (vocab + 2 * hidden) <= 16 << 20
     assert 4 * tokens * vocab <= 256 << 20
     assert tokens == 384 or 4 * (tokens + 1) * (vocab + 2 * hidden) > 16 << 20

@@ -23,7 +23,9 @@ if importlib.util.find_spec("triton") is None:
 def why_not(device: str) -> str | None:
     """Why these kernels cannot serve a device type, with what to do about it; None where they can."""
     if device == "cpu" and not INTERPRETED:
-        return "Triton compiles for GPUs; TRITON_INTERPRET=1, set before Python starts, interprets it on a CPU, for tests"
+        return (
+            "Triton compiles for GPUs; TRITON_INTERPRET=1, set before Python starts, interprets it on a CPU, for tests"
+        )
     if device not in ("cpu", "cuda", "xpu"):
         return f"it has no kernels for {device} tensors"
     return PROBLEM
@@ -36,4 +38,4 @@ def kernels() -> Any:
     return SimpleNamespace(**{name: getattr(module, name) for module in modules for name in module.__all__})
 
 
-_FILES = ("kl",)
+_FILES = ("advantages", "groups", "kl", "logps", "losses", "preference", "rewards", "rollout")

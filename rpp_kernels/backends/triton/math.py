@@ -20,6 +20,26 @@ K2 = tl.constexpr(2)
 K3 = tl.constexpr(3)
 ABS = tl.constexpr(4)
 
+# What a masked token does to a sum that passes it, besides nothing, in the order of GAPS in ops/advantages.py
+GAP_RESET = tl.constexpr(1)
+GAP_STEP = tl.constexpr(2)
+
+# Where eps goes, in the order of EPS_MODES there
+EPS_FLOOR = tl.constexpr(0)
+EPS_ADD_VAR = tl.constexpr(1)
+EPS_ADD_STD = tl.constexpr(2)
+
+
+# ---------------------------------------------------------------- programs
+
+
+@triton.jit
+def is_last(arrived, count):
+    """Whether this program is the last of `count` to ask, with all that the others stored before they asked in sight;
+    read that with cache_modifier=".cg", past the cache of this multiprocessor."""
+    tl.debug_barrier()
+    return tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1
+
 
 # ---------------------------------------------------------------- numbers
 
@@ -32,17 +52,19 @@ def number(x, F: tl.constexpr):
 
 @triton.jit
 def multiply_add(a, b, c):
-    """a * b + c, rounded once."""
-    if a.dtype == tl.float32:
-        out = tl.fma(a, b, c)
-    else:  # the interpreter has a fused one for float32 alone
-        out = a * b + c
-    return out
+    """a * b + c, rounded once in float32, which is all that the interpreter can."""
+    return tl.fma(a, b, c) if a.dtype == tl.float32 else a * b + c
 
 
 @triton.jit
 def at_least(x, low):
     return tl.where(x < low, low, x)  # a NaN stays one
+
+
+@triton.jit
+def inverse_or_0(x):
+    """1 / x where x > 0, else 0."""
+    return tl.where(x > 0, 1.0 / tl.where(x > 0, x, 1.0), 0.0)
 
 
 @triton.jit
@@ -79,6 +101,128 @@ def exp_minus_1_minus_x(x):
         q = q * x + RECIPROCAL_FACTORIALS[n]
     near = q * x * x
     return tl.where(tl.abs(x) < 0.5, near, exponential(x) - 1.0 - x)
+
+
+@triton.jit
+def exp_minus_1(x):
+    near = x + exp_minus_1_minus_x(x)
+    return tl.where(tl.abs(x) < 0.5, near, exponential(x) - 1.0)
+
+
+@triton.jit
+def lowest_power(F: tl.constexpr):
+    """An exponent whose power of 2 is all but 0, and finite: 0 * -inf never arises."""
+    out: tl.constexpr = -126.0 if F.primitive_bitwidth == 32 else -1022.0
+    return out
+
+
+# ---------------------------------------------------------------- softcap
+#
+# z = c tanh(x / c) = -c s E / (2 + E), E = exp(-2 |x| / c) - 1, s the sign of x; dz / dx = 4 (1 + E) / (2 + E)^2
+
+
+@triton.jit
+def minus_expm1_of(x, cap):
+    below = -2.0 * tl.abs(x) / cap
+    return exp_minus_1(tl.where(below < -200.0, -200.0, below))
+
+
+@triton.jit
+def softcapped(x, cap):
+    e = minus_expm1_of(x, cap)
+    value = cap * e / (2.0 + e)
+    return tl.where(x < 0.0, value, -value)
+
+
+@triton.jit
+def softcap_slope(x, cap):
+    e = minus_expm1_of(x, cap)
+    return 4.0 * (1.0 + e) / ((2.0 + e) * (2.0 + e))
+
+
+# ---------------------------------------------------------------- log-probs
+#
+# With p = softmax(z), z = logits / temperature, logp = log p, d(logps)/dz_j = [j = y] - p_j,
+# d(entropy)/dz_j = -p_j (logp_j + entropy), d(lse)/dz_j = p_j. Sums are of powers of 2, rate = log2(e) / temperature.
+
+
+@triton.jit
+def rescaled(top, to, sums, weighted, rate):
+    """Sums of 2^t and t 2^t, t = (x - top) * rate, as those of t = (x - to) * rate. What is -inf so far has none."""
+    shift = (top - to) * rate
+    shift = tl.where(shift < lowest_power(top.dtype), lowest_power(top.dtype), shift)
+    power = tl.exp2(shift)
+    return sums * power, (weighted + shift * sums) * power
+
+
+@triton.jit
+def or_0(top):
+    """What is -inf so far has no maximum to subtract; 0 keeps its terms at the lowest power."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def add_terms(x, top, sums, weighted, rate):
+    """The logits x (lanes, n) enter the sums of their lanes; one exponential for each of them and one for each lane."""
+    raised = tl.maximum(top, tl.max(x, 1))  # passes over NaN, which the sums then keep
+    offset = or_0(raised)
+    sums, weighted = rescaled(top, offset, sums, weighted, rate)
+    t = (x - offset[:, None]) * rate
+    t = tl.maximum(t, tl.full([], lowest_power(x.dtype), x.dtype), propagate_nan=tl.PropagateNan.ALL)
+    power = tl.exp2(t)
+    return raised, sums + tl.sum(power, 1), weighted + tl.sum(power * t, 1)
+
+
+@triton.jit
+def merged_terms(top, sums, weighted, rate):
+    """Of all lanes together: the maximum, and the sums in float64."""
+    highest = tl.max(top, 0)
+    sums, weighted = rescaled(top, or_0(highest), sums, weighted, rate)
+    return highest, tl.sum(sums.to(tl.float64), 0), tl.sum(weighted.to(tl.float64), 0)
+
+
+@triton.jit
+def row_results(top, sums, weighted, target, temperature, F: tl.constexpr):
+    """logps, entropy, lse and its rest, with which it has twice the precision."""
+    log_sum = tl.log(sums)
+    mean = top.to(tl.float64) / temperature
+    # Not the difference of two products, of which one may be fused and the other rounded.
+    logps = (target.to(tl.float64) - top.to(tl.float64)) / temperature - log_sum
+    # A row of nothing but -inf is no distribution, though the terms of its sum are there.
+    entropy = tl.where(tl.abs(mean) == float("inf"), float("nan"), log_sum - weighted / sums * LN_2)
+    lse = (mean + log_sum).to(F)
+    return logps.to(F), entropy.to(F), lse, ((mean - lse.to(tl.float64)) + log_sum).to(F)
+
+
+@triton.jit
+def row_gradient(lse, lse_rest, entropy, temperature, dlogps, dentropy, dlse, F: tl.constexpr):
+    """logp = (logit - shift) * inverse_temperature - rest, with shift near the largest logits, where the difference is
+    exact: logit * inverse_temperature - lse would carry the rounding of two large numbers into every probability.
+    Then dlogits_j = p_j * (weight + entropy_weight * logp_j), the target's own term aside."""
+    whole = lse.to(tl.float64) + lse_rest.to(tl.float64)
+    shift = (whole * temperature).to(F)
+    rest = (whole - shift.to(tl.float64) / temperature).to(F)
+    inverse_temperature = (1.0 / temperature).to(F)
+    weight = (dlse - dlogps - dentropy * entropy) * inverse_temperature
+    return shift, rest, inverse_temperature, weight, -dentropy * inverse_temperature
+
+
+@triton.jit
+def dlogits_of(x, is_target, g, dlogps, cap, with_entropy: tl.constexpr, with_softcap: tl.constexpr):
+    """From logits x and what row_gradient gives."""
+    shift, rest, inverse_temperature, weight, entropy_weight = g
+    z = x
+    if with_softcap:
+        z = softcapped(x, cap)
+    logp = multiply_add(z - shift, tl.zeros_like(x) + inverse_temperature, tl.zeros_like(x) - rest)
+    if with_entropy:
+        low = lowest_power(x.dtype) * LN_2  # p log p -> 0 for a logit of -inf
+        weight += entropy_weight * tl.where(logp < low, low, logp)
+    out = tl.exp2(logp * LOG2_E) * weight
+    out = tl.where(is_target, out + dlogps * inverse_temperature, out)
+    if with_softcap:
+        out *= softcap_slope(x, cap)
+    return out
 
 
 # ---------------------------------------------------------------- KL estimators of d = logps - ref_logps
@@ -118,3 +262,373 @@ def kl_slope(d, estimator: tl.constexpr, log_ratio_clamp, kl_clamp):
         slope = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0)).to(d.dtype)
     kl = unclamped_kl(d, estimator, log_ratio_clamp)
     return tl.where((kl > kl_clamp) | (kl < -kl_clamp), 0.0, slope)
+
+
+# ---------------------------------------------------------------- scans: carry -> x + factor carry, token after token
+#
+# In float64, block by block. Places outside of the sequence are steps that change nothing, x = 0 and factor = 1.
+
+
+@triton.jit
+def two_steps(factor, x, next_factor, next_x):
+    return factor * next_factor, next_x + next_factor * x
+
+
+@triton.jit
+def two_steps_or_resets(factor, x, next_factor, next_x):
+    """As above; a step of a negative factor starts anew. Selected, not multiplied by 0: the sum may be NaN."""
+    resets = (factor < 0) | (next_factor < 0)
+    x = tl.where(next_factor < 0, next_x, next_x + next_factor * x)
+    return tl.where(resets, -1.0, factor * next_factor).to(factor.dtype), x
+
+
+@triton.jit
+def discount_of(valid, inside, gamma, gap: tl.constexpr):
+    """What a token multiplies the carry by; -1 where it resets it."""
+    if gap == GAP_STEP:
+        factor = tl.where(inside, gamma, 1.0)
+    elif gap == GAP_RESET:
+        factor = tl.where(valid, gamma, tl.where(inside, -1.0, 1.0))
+    else:
+        factor = tl.where(valid, gamma, 1.0)
+    return factor.to(tl.float64)
+
+
+@triton.jit
+def scanned(x, factor, carry, resets: tl.constexpr, forward: tl.constexpr, BLOCK: tl.constexpr):
+    """The carry behind each token of a block, and behind the block."""
+    if resets:
+        factor, x = tl.associative_scan((factor, x), 0, two_steps_or_resets, reverse=not forward)
+        out = tl.where(factor < 0, x, x + factor * carry)
+    else:
+        factor, x = tl.associative_scan((factor, x), 0, two_steps, reverse=not forward)
+        out = x + factor * carry
+    end: tl.constexpr = BLOCK - 1 if forward else 0
+    return out, tl.sum(tl.where(tl.arange(0, BLOCK) == end, out, 0.0))
+
+
+# ---------------------------------------------------------------- moments: count, mean, sum of squared deviations
+
+
+@triton.jit
+def block_moments(x, valid):
+    """Of float64: the mean first, then the deviations from it, so that values far from 0 lose nothing."""
+    count = tl.sum(valid.to(tl.float64))
+    divisor = at_least(count, 1.0)
+    mean = tl.sum(tl.where(valid, x, 0.0)) / divisor
+    deviation = tl.where(valid, x - mean, 0.0)
+    rest = tl.sum(deviation)  # what the rounding of the mean left
+    squares = tl.sum(deviation * deviation) - rest * (rest / divisor)
+    return count, mean + rest / divisor, at_least(squares, 0.0)
+
+
+@triton.jit
+def with_moments(count, mean, squares, other_count, other_mean, other_squares):
+    """Both as one: csrc/cpu/moments.h."""
+    total = count + other_count
+    shift = other_mean - mean
+    share = other_count / at_least(total, 1.0)
+    merged_mean, merged_squares = mean + shift * share, squares + other_squares + shift * shift * count * share
+    some = other_count > 0
+    return total, tl.where(some, merged_mean, mean), tl.where(some, merged_squares, squares)
+
+
+@triton.jit
+def store_moments(parts, i, count, mean, squares):
+    tl.store(parts + 3 * i, count)
+    tl.store(parts + 3 * i + 1, mean)
+    tl.store(parts + 3 * i + 2, squares)
+
+
+@triton.jit
+def merged_moments(parts, BLOCK: tl.constexpr):
+    """Of the parts (programs, 3) that other programs stored, always in the same order."""
+    lane = tl.arange(0, BLOCK).to(tl.int64)
+    n = tl.num_programs(0)
+    shift = tl.load(parts + 1, cache_modifier=".cg")  # equal means stay what they are
+    counts, sums = tl.full([BLOCK], 0.0, tl.float64), tl.full([BLOCK], 0.0, tl.float64)
+    for k in range(0, n, BLOCK):
+        at = parts + 3 * (k + lane)
+        count = tl.load(at, mask=k + lane < n, other=0.0, cache_modifier=".cg")
+        mean = tl.load(at + 1, mask=k + lane < n, other=0.0, cache_modifier=".cg")
+        counts += count
+        sums += tl.where(count > 0, count * (mean - shift), 0.0)
+    total = tl.sum(counts)
+    center = shift + tl.sum(sums) / at_least(total, 1.0)
+    squares = tl.full([BLOCK], 0.0, tl.float64)
+    for k in range(0, n, BLOCK):
+        at = parts + 3 * (k + lane)
+        count = tl.load(at, mask=k + lane < n, other=0.0, cache_modifier=".cg")
+        mean = tl.load(at + 1, mask=k + lane < n, other=0.0, cache_modifier=".cg")
+        square = tl.load(at + 2, mask=k + lane < n, other=0.0, cache_modifier=".cg")
+        squares += tl.where(count > 0, square + count * (mean - center) * (mean - center), 0.0)
+    return total, tl.where(total > 0, center, 0.0), tl.sum(squares)
+
+
+@triton.jit
+def degrees_of(count, unbiased: tl.constexpr):
+    """What the squares are divided by for a variance."""
+    if unbiased:
+        count = count - 1.0
+    return at_least(count, 1.0)
+
+
+@triton.jit
+def whitening(variance, eps, eps_mode: tl.constexpr):
+    """1 / std, and its derivative in the variance."""
+    if eps_mode == EPS_ADD_STD:
+        std = tl.sqrt(variance)
+        inverse = 1.0 / (std + eps)
+        slope = -0.5 * inverse * inverse * inverse_or_0(std)
+    elif eps_mode == EPS_ADD_VAR:
+        inverse = 1.0 / tl.sqrt(variance + eps)
+        slope = -0.5 * inverse * inverse * inverse
+    else:
+        inverse = 1.0 / tl.sqrt(at_least(variance, eps))
+        slope = tl.where(variance < eps, 0.0, -0.5 * inverse * inverse * inverse)
+    return inverse, slope
+
+
+# ---------------------------------------------------------------- weights against the mismatch of a rollout engine
+
+
+@triton.jit
+def rollout_weight(log_ratio, low, high, log_ratio_clamp, truncate: tl.constexpr):
+    """(weight, whether the ratio is below low, whether it is above high)."""
+    ratio = exponential(clamp(log_ratio, -log_ratio_clamp, log_ratio_clamp))
+    is_low, is_high = ratio < low, ratio > high
+    if truncate:
+        weight = tl.where(is_low, low, tl.where(is_high, high, ratio))
+    else:
+        weight = tl.where(is_low | is_high, 0.0, ratio)
+    return weight, is_low, is_high
+
+
+# ---------------------------------------------------------------- surrogates of the policy
+#
+# Options are in the order of SURROGATES in ops/policy_loss.py, whose order this is too. `ratio` is that of the level,
+# `log_ratio` that of the token alone; clipped is nothing where the advantage is 0.
+
+CLIP = tl.constexpr(0)
+REINFORCE = tl.constexpr(1)
+CISPO = tl.constexpr(2)
+SAPO = tl.constexpr(3)
+GMPO = tl.constexpr(4)
+
+
+@triton.jit
+def ratio_of(log_ratio, log_ratio_clamp):
+    """(ratio, whether its logarithm is beyond the clamp, where the ratio is constant)."""
+    clamped = (log_ratio > log_ratio_clamp) | (log_ratio < -log_ratio_clamp)
+    return exponential(clamp(log_ratio, -log_ratio_clamp, log_ratio_clamp)), clamped
+
+
+@triton.jit
+def clip_surrogate(advantage, ratio, epsilon_low, epsilon_high, dual_clip):
+    bottom, top = 1.0 - epsilon_low, 1.0 + epsilon_high
+    low = (advantage < 0.0) & (ratio < bottom)
+    high = (advantage > 0.0) & (ratio > top)
+    dual = (advantage < 0.0) & (ratio > dual_clip)
+    bound = tl.where(low, bottom, tl.where(high, top, tl.where(dual, dual_clip, ratio)))
+    return -bound * advantage, tl.where(low | high | dual, 0.0, -ratio * advantage), low, high, dual
+
+
+@triton.jit
+def cispo_surrogate(logp, advantage, ratio, epsilon_low, epsilon_high):
+    bottom, top, counts = 1.0 - epsilon_low, 1.0 + epsilon_high, advantage != 0.0
+    low, high = ratio < bottom, ratio > top
+    slope = -tl.where(low, bottom, tl.where(high, top, ratio)) * advantage
+    return slope * logp, slope, counts & low, counts & high
+
+
+@triton.jit
+def sapo_surrogate(advantage, ratio, tau_positive, tau_negative):
+    tau = tl.where(advantage > 0.0, tau_positive, tau_negative)
+    x = tau * (ratio - 1.0)
+    e = exponential(tl.where(x > 0.0, -x, x))
+    larger = 1.0 / (1.0 + e)
+    sigmoid = tl.where(x < 0.0, e * larger, larger)
+    slope = -4.0 * advantage * ratio * (e * larger * larger)
+    return -4.0 * advantage / tau * sigmoid, tl.where(e == 0.0, 0.0, slope)  # where the ratio may be infinite
+
+
+@triton.jit
+def gmpo_surrogate(advantage, log_ratio, ratio, epsilon_low, epsilon_high):
+    loss = -ratio * advantage
+    low = (advantage < 0.0) & (log_ratio < -epsilon_low)
+    high = (advantage > 0.0) & (log_ratio > epsilon_high)
+    return loss, low, high
+
+
+@triton.jit
+def log_ratio_term(surrogate: tl.constexpr, log_ratio, advantage, option_0, option_1):
+    """What the ratio of a sequence is the mean of, and its derivative by the log-ratio of the token."""
+    value, slope = log_ratio, tl.full(log_ratio.shape, 1.0, log_ratio.dtype)
+    if surrogate == GMPO:
+        low = (advantage < 0.0) & (log_ratio < -option_0)
+        high = (advantage > 0.0) & (log_ratio > option_1)
+        nothing = advantage == 0.0
+        value = tl.where(low, -option_0, tl.where(high, option_1, tl.where(nothing, 0.0, log_ratio)))
+        slope = tl.where(low | high | nothing, 0.0, slope)
+    return value, slope
+
+
+@triton.jit
+def surrogate_loss(surrogate: tl.constexpr, logp, advantage, log_ratio, ratio, option_0, option_1, option_2):
+    """(loss, d(loss) / d(log of the ratio), d(loss) / d(logp) beside that, clipped low, clipped high, dual clipped)."""
+    ratio_slope = tl.zeros_like(advantage)
+    logp_slope = ratio_slope
+    low = ratio_slope > 0.0
+    high, dual = low, low
+    if surrogate == CLIP:
+        loss, ratio_slope, low, high, dual = clip_surrogate(advantage, ratio, option_0, option_1, option_2)
+    elif surrogate == REINFORCE:
+        loss, logp_slope = -advantage * logp, -advantage
+    elif surrogate == CISPO:
+        loss, logp_slope, low, high = cispo_surrogate(logp, advantage, ratio, option_0, option_1)
+    elif surrogate == SAPO:
+        loss, ratio_slope = sapo_surrogate(advantage, ratio, option_0, option_1)
+    else:
+        loss, low, high = gmpo_surrogate(advantage, log_ratio, ratio, option_0, option_1)
+        ratio_slope = loss
+    return loss, ratio_slope, logp_slope, low, high, dual
+
+
+# ---------------------------------------------------------------- clipped critic loss
+
+
+@triton.jit
+def clipped_critic_loss(value, old_value, target, epsilon):
+    """(loss, d(loss) / d(value), squared error of the value, clipped); epsilon is infinite for no clip."""
+    change = value - old_value
+    inside = (change <= epsilon) & (change >= -epsilon)
+    error = value - target
+    clipped_error = tl.where(inside, value, old_value + clamp(change, -epsilon, epsilon)) - target
+    # Asked this way round, a NaN anywhere is chosen; and the slope of the clipped branch is 0, or NaN.
+    unclipped = error * error >= clipped_error * clipped_error
+    chosen = tl.where(unclipped, error, clipped_error)
+    slope = tl.where(unclipped, error, clipped_error - clipped_error)
+    return 0.5 * chosen * chosen, slope, error * error, clipped_error * clipped_error > error * error
+
+
+# ---------------------------------------------------------------- losses of a pair of completions, in float64
+#
+# In the order of LOSS_TYPES in ops/preference.py
+
+SIGMOID = tl.constexpr(0)
+IPO = tl.constexpr(1)
+HINGE = tl.constexpr(2)
+ROBUST = tl.constexpr(3)
+EXO = tl.constexpr(4)
+NCA = tl.constexpr(5)
+SPPO = tl.constexpr(6)
+APO_ZERO = tl.constexpr(7)
+APO_DOWN = tl.constexpr(8)
+DISCOPOP = tl.constexpr(9)
+
+
+@triton.jit
+def log_1_plus(x):
+    """log(1 + x) for x > -1/2: log(u) x / (u - 1), in which the rounding of u = 1 + x cancels to first order."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def logistic(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def log_logistic(x):
+    return tl.where(x < 0.0, x, 0.0) - log_1_plus(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def pair_loss(loss_type: tl.constexpr, chosen, rejected, beta, smoothing, margin):
+    """(loss, its slope in chosen, its slope in rejected); z = beta (chosen - rejected) - margin, whose slope dz all
+    losses of the difference go through."""
+    z, half = beta * (chosen - rejected) - margin, 0.5 / beta
+    won, lost = logistic(z), logistic(-z)
+    r_w, r_l = beta * chosen, beta * rejected
+    dz = tl.zeros_like(z)
+    if loss_type == SIGMOID:
+        value = -(1.0 - smoothing) * log_logistic(z) - smoothing * log_logistic(-z)
+        dz = smoothing * won - (1.0 - smoothing) * lost
+    elif loss_type == HINGE:
+        value = tl.where(z > 1.0, 0.0, 1.0 - z)  # so that a NaN stays one
+        dz = tl.where(z >= 1.0, 0.0, -1.0).to(tl.float64)
+    elif loss_type == ROBUST:
+        value = (smoothing * log_logistic(-z) - (1.0 - smoothing) * log_logistic(z)) / (1.0 - 2.0 * smoothing)
+        dz = -(smoothing * won + (1.0 - smoothing) * lost) / (1.0 - 2.0 * smoothing)
+    elif loss_type == EXO:
+        log_right, log_wrong = log_1_plus(-smoothing), tl.log(smoothing)
+        value = won * (log_logistic(z) - log_right) + lost * (log_logistic(-z) - log_wrong)
+        dz = won * lost * (z - log_right + log_wrong)
+    elif loss_type == DISCOPOP:
+        rate = 1 / 0.05
+        late, early = logistic(z * rate), logistic(-z * rate)
+        power = tl.exp(log_logistic(z * rate) - z)  # late * exp(-z), which may overflow
+        value = power - early * log_logistic(z)
+        dz = power * (early * rate - 1.0) - early * (lost - late * rate * log_logistic(z))
+    dchosen, drejected = beta * dz, -beta * dz
+    if loss_type == IPO:
+        gap = chosen - rejected - half
+        value, dchosen, drejected = gap * gap, 2.0 * gap, -2.0 * gap
+    elif loss_type == NCA:
+        value = -log_logistic(r_w) - 0.5 * (log_logistic(-r_w) + log_logistic(-r_l))
+        dchosen, drejected = beta * (0.5 * logistic(r_w) - logistic(-r_w)), beta * 0.5 * logistic(r_l)
+    elif loss_type == SPPO:
+        value = (chosen - half) * (chosen - half) + (rejected + half) * (rejected + half)
+        dchosen, drejected = 2.0 * (chosen - half), 2.0 * (rejected + half)
+    elif loss_type == APO_ZERO:
+        value = logistic(-r_w) + logistic(r_l)
+        dchosen, drejected = -beta * logistic(r_w) * logistic(-r_w), beta * logistic(r_l) * logistic(-r_l)
+    elif loss_type == APO_DOWN:
+        value = logistic(r_w) + lost
+        dchosen = beta * (logistic(r_w) * logistic(-r_w) - won * lost)
+        drejected = beta * won * lost
+    return value, dchosen, drejected
+
+
+# ---------------------------------------------------------------- sequences, and sums over all programs
+
+
+@triton.jit
+def bounds_of(cu_seqlens, sequence, B):
+    """Where a sequence begins and ends; that beyond the last, of the one program of an empty batch, is empty."""
+    begin = tl.load(cu_seqlens + sequence, mask=sequence < B, other=0)
+    return begin, tl.load(cu_seqlens + sequence + 1, mask=sequence < B, other=0)
+
+
+@triton.jit
+def valid_of(mask, at, end):
+    valid = at < end
+    if mask is not None:
+        valid &= tl.load(mask + at, mask=valid, other=0) != 0
+    return valid
+
+
+@triton.jit
+def add_up(sums, partials, counter, loss, stats, STATS: tl.constexpr, BLOCK: tl.constexpr):
+    """The last program adds up the `sums` of all, (programs, len(sums)), in one order whichever it is. The last of them
+    are the stats; the first is the loss, where one is asked for."""
+    SUMS: tl.constexpr = len(sums)
+    ours = partials + tl.program_id(0).to(tl.int64) * SUMS
+    for i in tl.static_range(SUMS):
+        tl.store(ours + i, sums[i].to(tl.float64))
+    if is_last(counter, tl.num_programs(0)):
+        ROWS: tl.constexpr = BLOCK // 4
+    if is_last(counter):
+        ROWS: tl.constexpr = BLOCK // 8
+        row, k = tl.arange(0, ROWS)[:, None], tl.arange(0, 16)
+        total = tl.zeros((ROWS, 16), tl.float64)
+        for first in range(0, tl.num_programs(0), ROWS):
+            at = (first + row).to(tl.int64) * SUMS + k[None, :]
+            inside = (first + row < tl.num_programs(0)) & (k[None, :] < SUMS)
+            total += tl.load(partials + at, mask=inside, other=0.0, cache_modifier=".cg")
+        result = tl.sum(total, 0)
+        if loss is not None:
+            tl.store(loss + k, result.to(loss.dtype.element_ty), mask=k == 0)
+        tl.store(stats + k - (SUMS - STATS), result, mask=(k >= SUMS - STATS) & (k < SUMS))

@@ -1,0 +1,334 @@
+"""Log-prob, entropy and log-sum-exp of rows of logits, and their gradient. One read of the logits forward; one read and
+one write backward.
+
+A program takes a row, or one of the parts into which the vocabulary alone, never the number of rows, cuts it: a token
+has the same bits in whatever batch it comes. It walks the row in blocks of (lanes, 16 bytes), each lane with a maximum
+and sums of its own, so that threads meet once at the end rather than in every block.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rpp_kernels.backends.triton.launch import block_of, kernel, launch
+from rpp_kernels.backends.triton.math import (
+    add_terms,
+    dlogits_of,
+    is_last,
+    merged_terms,
+    number,
+    row_gradient,
+    row_results,
+    softcapped,
+)
+
+__all__ = ["chunk_logps_bwd_out", "chunk_logps_fwd", "logps_bwd_out", "logps_fwd"]
+
+ALIGNMENT = tl.constexpr(16)  # elements: 16 bytes and more in every dtype
+PART = tl.constexpr(16)  # blocks of a row that one program takes
+MOST_PARTS = tl.constexpr(256)
+
+
+@triton.jit
+def temperature_at(token_temperature, token, temperature):
+    if token_temperature is None:
+        out = number(temperature, tl.float64)
+    else:
+        out = tl.load(token_temperature + token).to(tl.float64)
+    return out
+
+
+@triton.jit
+def blocks_of(part, V, aligned, BLOCK: tl.constexpr):
+    """The blocks of a part of a row: `whole` ones from `low` on, read without a mask, then others up to `high`. A row
+    that does not begin at a multiple of 16 elements has none of the former, whose addresses are those of vectors."""
+    low = part * PART
+    high = tl.minimum(low + PART, (V + BLOCK - 1) // BLOCK)
+    return low, tl.where(aligned, tl.minimum(V // BLOCK, high), low), high
+
+
+@triton.jit
+def within(column, i, BLOCK: tl.constexpr):
+    """Where block i has this column, -1 before it and BLOCK behind it: 32 bits, of which threads hold many."""
+    return tl.minimum(tl.maximum(column - i * BLOCK, -1), BLOCK).to(tl.int32)
+
+
+@kernel
+def row_statistics_kernel(
+    logits,  # rows of (V,), `inner` of them in each of those that are outer_stride apart
+    logps,  # (T,), as all results
+    entropy,
+    lse,
+    lse_rest,
+    partials,  # (T, parts, 3): maximum and sums, where there are several parts
+    arrived,  # (T,) zeros, of parts
+    target_ids,  # (T,)
+    mask,  # (T,)
+    token_temperature,  # (T,)
+    V: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    row_stride: tl.int64,
+    parts: tl.int64,
+    temperature: tl.float64,
+    softcap: tl.float64,
+    with_softcap: tl.constexpr,
+    vector: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    F = logps.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) // parts
+    part = tl.program_id(0).to(tl.int64) % parts
+    wanted = True
+    if mask is not None:
+        wanted = tl.load(mask + row) != 0
+    if wanted:
+        heat = temperature_at(token_temperature, row, temperature)
+        rate = (1.4426950408889634 / heat).to(F)
+        cap = number(softcap, F)
+        offset = row // inner * outer_stride + row % inner * row_stride
+        lanes: tl.constexpr = BLOCK // vector
+        at = tl.arange(0, lanes)[:, None] * vector + tl.arange(0, vector)[None, :]
+        top = tl.full([lanes], float("-inf"), F)
+        sums = tl.full([lanes], 0.0, F)
+        weighted = tl.full([lanes], 0.0, F)
+        low, whole, high = blocks_of(part, V, offset % ALIGNMENT == 0, BLOCK)
+        start = logits + tl.multiple_of(offset // ALIGNMENT * ALIGNMENT, 16)
+        for i in range(low, whole):
+            x = tl.load(start + tl.multiple_of(i * BLOCK, 16) + at).to(F)
+            if with_softcap:
+                x = softcapped(x, cap)
+            top, sums, weighted = add_terms(x, top, sums, weighted, rate)
+        for i in range(whole, high):
+            inside = at < within(V, i, BLOCK)
+            x = tl.load(logits + offset + i * BLOCK + at, mask=inside, other=float("-inf")).to(F)
+            if with_softcap:
+                x = tl.where(inside, softcapped(x, cap), float("-inf"))
+            top, sums, weighted = add_terms(x, top, sums, weighted, rate)
+        highest, total, total_weighted = merged_terms(top, sums, weighted, rate)
+
+        done = True
+        if parts > 1:
+            own = partials + (row * parts + part) * 3
+            tl.store(own, highest.to(tl.float64))
+            tl.store(own + 1, total)
+            tl.store(own + 2, total_weighted)
+            done = is_last(arrived + row, parts)
+        if done:
+            if parts > 1:
+                every = tl.arange(0, MOST_PARTS)
+                theirs = partials + (row * parts + every) * 3
+                tops = tl.load(theirs, mask=every < parts, other=float("-inf"), cache_modifier=".cg")
+                each = tl.load(theirs + 1, mask=every < parts, other=0.0, cache_modifier=".cg")
+                each_weighted = tl.load(theirs + 2, mask=every < parts, other=0.0, cache_modifier=".cg")
+                widest, total, total_weighted = merged_terms(tops, each, each_weighted, 1.4426950408889634 / heat)
+                highest = widest.to(F)
+            y = tl.load(target_ids + row)
+            known = (y >= 0) & (y < V)  # another is a NaN, and no access beyond the row
+            target = tl.load(logits + offset + y, mask=known, other=float("nan")).to(F)
+            if with_softcap:
+                target = softcapped(target, cap)
+            target = tl.where(target > highest, highest, target)  # computed twice, a capped one may differ in a digit
+            out = row_results(highest, total, total_weighted, target, heat, F)
+            tl.store(logps + row, out[0])
+            tl.store(entropy + row, out[1])
+            tl.store(lse + row, out[2])
+            tl.store(lse_rest + row, out[3])
+    elif part == 0:
+        zero = tl.full([], 0.0, F)
+        tl.store(logps + row, zero)
+        tl.store(entropy + row, zero)
+        tl.store(lse + row, zero)
+        tl.store(lse_rest + row, zero)
+
+
+@kernel
+def dlogits_kernel(
+    dlogits,  # (number of rows, V) of stride out_stride; may be the logits themselves
+    logits,  # as above
+    rows,  # which tokens, or all
+    target_ids,  # (T,)
+    mask,  # (T,)
+    token_temperature,  # (T,)
+    entropy,  # (T,)
+    lse,  # (T,)
+    lse_rest,  # (T,)
+    dlogps,  # (T,)
+    dentropy,  # (T,)
+    dlse,  # (T,)
+    V: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    row_stride: tl.int64,
+    out_stride: tl.int64,
+    parts: tl.int64,
+    temperature: tl.float64,
+    softcap: tl.float64,
+    with_softcap: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    F = lse.dtype.element_ty
+    S = dlogits.dtype.element_ty
+    index = tl.program_id(0).to(tl.int64) // parts
+    part = tl.program_id(0).to(tl.int64) % parts
+    token = index
+    if rows is not None:
+        token = tl.load(rows + index)
+    d = tl.full([], 0.0, F)
+    of_entropy = tl.full([], 0.0, F)
+    of_lse = tl.full([], 0.0, F)
+    if dlogps is not None:
+        d = tl.load(dlogps + token)
+    if dentropy is not None:
+        of_entropy = tl.load(dentropy + token)
+    if dlse is not None:
+        of_lse = tl.load(dlse + token)
+    wanted = (d != 0) | (of_entropy != 0) | (of_lse != 0)
+    if mask is not None:
+        wanted = wanted & (tl.load(mask + token) != 0)
+
+    offset = token // inner * outer_stride + token % inner * row_stride
+    out_offset = index * out_stride
+    at = tl.arange(0, BLOCK)
+    aligned = (offset % ALIGNMENT == 0) & (out_offset % ALIGNMENT == 0)
+    low, whole, high = blocks_of(part, V, aligned, BLOCK)
+    start = logits + tl.multiple_of(offset // ALIGNMENT * ALIGNMENT, 16)
+    out_start = dlogits + tl.multiple_of(out_offset // ALIGNMENT * ALIGNMENT, 16)
+    if wanted:
+        heat = temperature_at(token_temperature, token, temperature)
+        cap = number(softcap, F)
+        own_entropy, own_lse, own_rest = tl.load(entropy + token), tl.load(lse + token), tl.load(lse_rest + token)
+        g = row_gradient(own_lse, own_rest, own_entropy, heat, d, of_entropy, of_lse, F)
+        y = tl.load(target_ids + token)
+        for i in range(low, whole):
+            block = tl.multiple_of(i * BLOCK, 16)
+            x = tl.load(start + block + at).to(F)
+            dx = dlogits_of(x, at == within(y, i, BLOCK), g, d, cap, dentropy is not None, with_softcap)
+            tl.store(out_start + block + at, dx.to(S))
+        for i in range(whole, high):
+            inside = at < within(V, i, BLOCK)
+            x = tl.load(logits + offset + i * BLOCK + at, mask=inside, other=0.0).to(F)
+            dx = dlogits_of(x, at == within(y, i, BLOCK), g, d, cap, dentropy is not None, with_softcap)
+            tl.store(dlogits + out_offset + i * BLOCK + at, dx.to(S), mask=inside)
+    else:  # exactly zero, and the logits are not read
+        zeros = tl.full([BLOCK], 0.0, S)
+        for i in range(low, whole):
+            tl.store(out_start + tl.multiple_of(i * BLOCK, 16) + at, zeros)
+        for i in range(whole, high):
+            tl.store(dlogits + out_offset + i * BLOCK + at, zeros, mask=at < within(V, i, BLOCK))
+
+
+def _parts(kernel: Any, logits: Tensor) -> int:
+    """Into how many parts each row is cut."""
+    parts: int = triton.cdiv(logits.shape[-1], block_of(kernel, logits) * PART.value)
+    return parts
+
+
+def _layout(logits: Tensor) -> tuple[int, int, int, int]:
+    """V, and where row i lies: i // inner * outer_stride + i % inner * row_stride."""
+    outer_stride = logits.stride(0) if logits.dim() == 3 else 0
+    return logits.shape[-1], max(logits.shape[-2], 1), outer_stride, logits.stride(-2)
+
+
+def _statistics(
+    logits: Tensor,
+    target_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = target_ids.numel()
+    logps, entropy, lse, lse_rest = (logits.new_empty(rows, dtype=dtype) for _ in range(4))
+    parts = _parts(row_statistics_kernel, logits)
+    several = rows if parts > 1 else 0
+    launch(
+        row_statistics_kernel,
+        rows * parts,
+        *(logits, logps, entropy, lse, lse_rest),
+        logits.new_empty(several, parts, 3, dtype=torch.float64),
+        logits.new_zeros(several, dtype=torch.int32),
+        *(target_ids, mask, token_temperature),
+        *(*_layout(logits), parts, temperature, softcap),
+        like=logits,
+        with_softcap=softcap != 0,
+        vector=16 // logits.itemsize,
+    )
+    return logps, entropy, lse, lse_rest
+
+
+def _gradient(
+    dlogits: Tensor,
+    logits: Tensor,
+    rows: Tensor | None,
+    target_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    slopes: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    count = target_ids.numel() if rows is None else rows.numel()
+    parts = _parts(dlogits_kernel, logits)
+    launch(
+        dlogits_kernel,
+        count * parts,
+        *(dlogits, logits, rows, target_ids, mask, token_temperature, *statistics, *slopes),
+        *(*_layout(logits), dlogits.stride(-2), parts, temperature, softcap),
+        like=logits,
+        with_softcap=softcap != 0,
+    )
+
+
+def logps_fwd(
+    logits: Tensor, target_ids: Tensor, mask: Tensor | None, temperature: float, token_temperature: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _statistics(logits, target_ids, mask, temperature, token_temperature, 0.0)
+
+
+def logps_bwd_out(
+    dlogits: Tensor,
+    logits: Tensor,
+    target_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    entropy: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    dlogps: Tensor | None,
+    dentropy: Tensor | None,
+    dlse: Tensor | None,
+) -> None:
+    statistics, slopes = (entropy, lse, lse_rest), (dlogps, dentropy, dlse)
+    _gradient(dlogits, logits, None, target_ids, mask, temperature, token_temperature, 0.0, statistics, slopes)
+
+
+def chunk_logps_fwd(
+    logits: Tensor, target_ids: Tensor, temperature: float, token_temperature: Tensor | None, softcap: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _statistics(logits, target_ids, None, temperature, token_temperature, softcap)
+
+
+def chunk_logps_bwd_out(
+    dlogits: Tensor,
+    logits: Tensor,
+    rows: Tensor | None,
+    target_ids: Tensor,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    entropy: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    dlogps: Tensor | None,
+    dentropy: Tensor | None,
+    dlse: Tensor | None,
+) -> None:
+    statistics, slopes = (entropy, lse, lse_rest), (dlogps, dentropy, dlse)
+    _gradient(dlogits, logits, rows, target_ids, None, temperature, token_temperature, softcap, statistics, slopes)

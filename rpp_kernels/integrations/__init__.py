@@ -1,0 +1,1 @@
+"""What other trainers call, by their names and signatures; one file for each. None of them is imported here."""
