@@ -1,20 +1,22 @@
 """Compiles the Triton kernels for GPUs that are not there and says what each needs: `python benchmarks/aot.py`.
 
-Every function of the backend is called on CPU tensors, once for each variant that `workload` lists, with the launch
-replaced by Triton's compiler under a driver that claims to be the GPU: what a launch there would compile is compiled.
-Registers, spills and shared memory are read from the binary, and from them follows how many programs run at once.
+The functions of the backend are called on CPU tensors, as kernel_calls.py lists them, with the launch replaced by
+Triton's compiler under a driver that claims to be the GPU: what a launch there would compile is compiled. Registers,
+spills and shared memory are read from the binary, and from them follows how many programs run at once.
 
-    python benchmarks/aot.py                                   # all: benchmarks/results/aot.json, docs/triton.md
-    python benchmarks/aot.py --check                           # all, and fails where those are of other kernels
-    python benchmarks/aot.py --arch sm_90 --function kl --all  # prints what is asked for and writes nothing
+    python benchmarks/aot.py            # about three minutes: benchmarks/results/aot.json, the table of docs/triton.md
+    python benchmarks/aot.py --check    # the same, and fails where those are of other kernels
+    python benchmarks/aot.py --arch sm_80 --full --function kl gae --all    # prints a line for each variant
 
-The GPUs are those of GPUS. Triton compiles for NVIDIA and AMD; its compiler for Intel's (xpu) is in another package.
+Every variant is compiled for sm_90 in the dtypes of 32 and 16 bits; in float64 and for the other GPUs those variants of
+each kernel that need the most registers there, with --full all of them. The GPUs are those of GPUS: Triton compiles for
+NVIDIA and AMD, and its compiler for Intel's (xpu) comes in another package.
 """
 
 import argparse
 import contextlib
+import heapq
 import json
-import math
 import os
 import re
 import subprocess
@@ -23,10 +25,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from kernel_calls import workload
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "aot.json"
@@ -135,36 +137,76 @@ class Row:
     inline_assembly: bool
 
 
-def measure(arch: str, functions: Iterable[str] = ("",)) -> tuple[list[Row], list[str]]:
-    """A row for each variant of each kernel, and what is wrong; of functions whose names contain one of these."""
+Wanted = set[tuple[str, str]]  # kernels and variants
+
+
+def measure(
+    arch: str, functions: Iterable[str], dtypes: Iterable[torch.dtype], only: Wanted | None = None
+) -> tuple[list[Row], list[str]]:
+    """A row for each variant of each kernel that these functions launch, or for those of `only`; and what failed."""
     rows: list[Row] = []
     failures, seen = [], set()
-    what, dtype = "", torch.float32
+    available, functions, dtypes = kernels(), set(functions), set(dtypes)
 
-    def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        name = kernel.__name__
-        try:
-            compiled = kernel.warmup(*arguments, grid=(programs,), **options)
-        except Exception as error:  # of whatever kind: the next variant may compile
-            failures.append(f"{name} of {what} in {dtype} for {arch}: {type(error).__name__}: {error}")
-            return
-        if (name, compiled.hash) not in seen:
-            seen.add((name, compiled.hash))
-            rows.append(_row(name, what, dtype, arch, compiled, options))
+    def call(name: str, variant: str, dtype: torch.dtype, values: tuple[Any, ...]) -> None:
+        def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if only is not None and (kernel.__name__, variant) not in only:
+                return
+            try:
+                compiled = kernel.warmup(*arguments, grid=(programs,), **options)
+            except Exception as error:  # of whatever kind: the next variant may compile
+                failures.append(f"{kernel.__name__} ({variant}, {dtype}, {arch}): {type(error).__name__}: {error}")
+                return
+            if (kernel.__name__, compiled.hash) not in seen:
+                seen.add((kernel.__name__, compiled.hash))
+                rows.append(_row(kernel.__name__, variant, dtype, arch, compiled, options))
 
-    available = kernels()
-    wanted = {name for name in available if any(part in name for part in functions)}
-    with pretend(arch, run), torch.no_grad():
-        for name, dtype, calls in workload():  # noqa: B007, `run` reads it
-            for change, values in calls.items() if name in wanted else ():
-                what = f"{name} {change}".strip()
-                available[name](*values)
-    called = {name for name, _, _ in workload()}
-    failures += [f"{name} is in no call of {Path(__file__).name}" for name in sorted(wanted - called)]
-    if wanted == set(available):
-        never = declared() - {row.kernel for row in rows}
-        failures += [f"{name} is launched by no call for {arch}" for name in sorted(never)]
+        with pretend(arch, run):
+            available[name](*values)
+
+    called = {variant for _, variant in only or ()}
+    with torch.no_grad():
+        for name, dtype, calls in workload():
+            if name in functions and dtype in dtypes:
+                for change, values in calls.items():
+                    variant = f"{name} {change}".strip()
+                    if only is None or variant in called:
+                        call(name, variant, dtype, values)
     return rows, failures
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FIRST, MOST = "sm_90", 2  # where all variants are compiled, and how many of each kernel elsewhere
+
+
+def sample(archs: Iterable[str], functions: set[str]) -> tuple[list[Row], list[str]]:
+    rows, failures = measure(FIRST, functions, DTYPES[:3])
+    failures += forgotten(rows, functions)
+    greediest: dict[torch.dtype, Wanted] = {}
+    for dtype in DTYPES[:3]:
+        of_dtype = [row for row in rows if row.dtype == _name(dtype)]
+        greediest[dtype] = {
+            (row.kernel, row.variant)
+            for kernel in {row.kernel for row in of_dtype}
+            for row in heapq.nlargest(MOST, (r for r in of_dtype if r.kernel == kernel), key=lambda r: r.registers)
+        }
+    greediest[torch.float64] = greediest[torch.float32]
+    found = rows if FIRST in archs else []
+    for arch in archs:
+        for dtype in DTYPES[3:] if arch == FIRST else DTYPES:
+            more, wrong = measure(arch, functions, [dtype], greediest[dtype])
+            found, failures = found + more, failures + wrong
+    return found, failures
+
+
+def forgotten(rows: Iterable[Row], functions: set[str]) -> list[str]:
+    """Functions that no call is of, and kernels of their files that no call launches."""
+    available, called = kernels(), {name for name, _, _ in workload()}
+    missing = [f"{name} is in no call of benchmarks/kernel_calls.py" for name in sorted(functions - called)]
+    files = {name: sys.modules[function.__module__] for name, function in available.items()}
+    whole = {file for file in files.values() if functions >= {name for name in files if files[name] is file}}
+    launched = {row.kernel for row in rows}
+    return missing + [f"{kernel} is launched by no call" for kernel in sorted(declared(whole) - launched)]
 
 
 def _row(kernel: str, what: str, dtype: torch.dtype, arch: str, compiled: Any, options: dict[str, Any]) -> Row:
@@ -175,7 +217,7 @@ def _row(kernel: str, what: str, dtype: torch.dtype, arch: str, compiled: Any, o
     return Row(
         kernel=kernel,
         variant=what,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         arch=arch,
         registers=registers,
         spills=spills,
@@ -186,6 +228,10 @@ def _row(kernel: str, what: str, dtype: torch.dtype, arch: str, compiled: Any, o
         occupancy=programs * warps / (gpu.schedulers * gpu.warps),
         inline_assembly="inline_asm" in compiled.asm["ttir"],
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _read_cubin(asm: dict[str, Any]) -> tuple[int, int]:
@@ -222,254 +268,11 @@ def kernels() -> dict[str, Callable[..., Any]]:
     return dict(vars(triton.kernels()))
 
 
-def declared() -> set[str]:
-    """The names of all kernels that the files of the backend declare."""
-    files = {sys.modules[function.__module__] for function in kernels().values()}
+def declared(files: Iterable[Any] | None = None) -> set[str]:
+    """The names of the kernels that files of the backend declare, or all of them."""
+    if files is None:
+        files = {sys.modules[function.__module__] for function in kernels().values()}
     return {name for file in files for name in vars(file) if name.endswith("_kernel")}
-
-
-# ---------------------------------------------------------------- the calls
-
-Variants = dict[str, tuple[Any, ...]]  # by what is different: the arguments of a function
-T, B, V = 64, 4, 256  # numbers known at run time: nothing depends on them
-
-
-def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype)
-
-
-def variants(base: dict[str, Any], *changes: dict[str, Any]) -> Variants:
-    """The call with these arguments, in their order, and with each change."""
-    return {_label(change): tuple({**base, **change}.values()) for change in ({}, *changes)}
-
-
-def _label(change: dict[str, Any]) -> str:
-    def said(name: str, value: Any) -> str:
-        if value is None or value is False:
-            return f"no {name}"
-        return name if isinstance(value, torch.Tensor) or value is True else f"{name} {value}"
-
-    # What is known at run time only does not tell one variant from another.
-    return ", ".join(said(name, value) for name, value in change.items() if not isinstance(value, float))
-
-
-def each(name: str, values: Iterable[Any]) -> list[dict[str, Any]]:
-    return [{name: value} for value in values]
-
-
-def workload() -> Iterator[tuple[str, torch.dtype, Variants]]:
-    """Everything that is compiled: a function, the dtype it works in, its calls."""
-    for dtype in (torch.float32, torch.float64):
-        for table in (of_tokens, of_sequences, of_losses, of_chunks):
-            for name, calls in table(dtype).items():
-                yield name, dtype, calls
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for name, calls in of_logits(dtype).items():
-            yield name, dtype, calls
-
-
-def arguments(dtype: torch.dtype) -> SimpleNamespace:
-    """t of tokens, b of sequences, and the others by their names."""
-    return SimpleNamespace(
-        t=new(T, dtype=dtype),
-        b=new(B, dtype=dtype),
-        mask=new(T, dtype=torch.bool),
-        cu=torch.arange(0, T + 1, T // B),
-        moments=new(3, dtype=torch.float64),
-        ids=torch.zeros(T, dtype=torch.int64),
-    )
-
-
-NO_MASK = {"mask": None}
-
-
-def of_tokens(dtype: torch.dtype) -> dict[str, Variants]:
-    from rpp_kernels.ops.advantages import EPS_MODES
-    from rpp_kernels.ops.kl import ESTIMATORS
-
-    x = arguments(dtype)
-    kl = {"logps": x.t, "ref_logps": x.t, "mask": x.mask, "estimator": 3, "log_ratio_clamp": 20.0, "kl_clamp": 1.0}
-    estimators = each("estimator", ESTIMATORS.values())
-    whiten = {
-        "values": x.t,
-        "mask": x.mask,
-        "moments": x.moments,
-        "shift_mean": True,
-        "unbiased": False,
-        "eps": 1e-8,
-        "eps_mode": 0,
-    }
-    modes = [NO_MASK, {"shift_mean": False}, {"unbiased": True}, *each("eps_mode", EPS_MODES.values())]
-    return {
-        "kl_fwd": variants(kl, NO_MASK, *estimators),
-        "kl_bwd": variants(dict(dkl=x.t, **kl), NO_MASK, *estimators),
-        "moments": variants({"values": x.t, "mask": x.mask}, NO_MASK),
-        "whiten_out": variants(dict(out=x.t, **whiten), *modes),
-        "whiten_bwd": variants(dict(dout=x.t, **whiten), *modes),
-    }
-
-
-def of_sequences(dtype: torch.dtype) -> dict[str, Variants]:
-    from rpp_kernels.ops.advantages import GAPS
-    from rpp_kernels.ops.groups import BASELINES, STDS
-    from rpp_kernels.ops.kl import ESTIMATORS
-    from rpp_kernels.ops.rollout import LEVELS
-
-    x = arguments(dtype)
-    place = {"mask": x.mask, "cu_seqlens": x.cu}
-    gaps = each("gap", GAPS.values())
-    pipeline = dict(scores=x.b, old_logps=x.t, ref_logps=x.t, **place, beta=0.1, gamma=0.9)
-    rollout = dict(old_logps=x.t, sampling_logps=x.t, **place, level=0, truncate=True, low=0.5, high=2.0, clamp=20.0)
-    lengths = new(B, dtype=torch.float64)
-    sizes = {
-        "group_size": 2,
-        "num_groups": 2,
-        "baseline": 0,
-        "std": 1,
-        "unbiased": True,
-        "eps": 1e-6,
-        "keep_singletons": False,
-    }
-    groups = {"scores": x.b, "group_index": None, "lengths": None}
-    weighted = {"lengths": lengths, "baseline": BASELINES["length-weighted"]}
-    ids = {"group_index": torch.zeros(B, dtype=torch.int64), "group_size": 0, "num_groups": B}
-    of_groups = [
-        *({"baseline": b, "std": s} for b in BASELINES.values() if b != weighted["baseline"] for s in STDS.values()),
-        *(weighted | {"std": s} for s in STDS.values()),
-        *(ids | {"std": s} for s in STDS.values()),
-        ids | weighted,
-        {"unbiased": False},
-        {"keep_singletons": True},
-    ]
-    return {
-        "token_rewards_fwd": variants(dict(scores=x.b, kl=x.t, **place, beta=0.1), NO_MASK),
-        "token_rewards_bwd": variants(dict(drewards=x.t, **place, beta=0.1), NO_MASK),
-        "returns_fwd": variants(dict(rewards=x.t, **place, gamma=0.9, gap=0), NO_MASK, *gaps),
-        "returns_bwd": variants(dict(dreturns=x.t, **place, gamma=0.9, gap=0), NO_MASK, *gaps),
-        "gae_fwd": variants(dict(rewards=x.t, values=x.t, **place, gamma=0.9, gae_lambda=0.8, gap=0), NO_MASK, *gaps),
-        "gae_bwd": variants(dict(da=x.t, dreturns=x.t, **place, gamma=0.9, gae_lambda=0.8, gap=0), NO_MASK, *gaps),
-        "reinforce_pp_fwd": variants(
-            pipeline | {"estimator": 1, "log_ratio_clamp": 20.0, "kl_clamp": math.inf},
-            NO_MASK,
-            {"ref_logps": None},
-            *each("estimator", ESTIMATORS.values()),
-        ),
-        "rollout_weights_fwd": variants(rollout, NO_MASK, {"truncate": False}, *each("level", LEVELS.values())),
-        "group_advantages_fwd": variants(
-            groups | {"moments": None} | sizes, *of_groups, {"moments": x.moments, "std": STDS["batch"]}
-        ),
-        "group_advantages_bwd": variants({"dadvantages": x.b} | groups | sizes, *of_groups),
-    }
-
-
-def of_losses(dtype: torch.dtype) -> dict[str, Variants]:
-    from rpp_kernels.ops.preference import LOSS_TYPES
-
-    x = arguments(dtype)
-    place = {"mask": x.mask, "cu_seqlens": x.cu}
-    value = dict(values=x.t, old_values=x.t, returns=x.t, **place, epsilon=0.2, sequence_mean=False, per_token=False)
-    pairs = dict(logps=x.t, ref_logps=x.t, **place, loss_type=0, beta=0.1, label_smoothing=0.0, margin=0.0)
-    groups = dict(logps=x.t, ref_logps=x.t, scores=x.b, **place, group_size=2, beta=0.1, per_group=False)
-    return {
-        "policy_loss_fwd": policy(dtype),
-        "value_loss_fwd": variants(value, NO_MASK, {"sequence_mean": True}, {"per_token": True}),
-        "dpo_loss_fwd": variants(
-            pairs | {"length_normalized": False, "per_pair": False},
-            NO_MASK,
-            {"ref_logps": None},
-            {"length_normalized": True},
-            {"per_pair": True},
-            *each("loss_type", LOSS_TYPES.values()),
-        ),
-        "copg_loss_fwd": variants(groups, NO_MASK, {"per_group": True}),
-        "preference_loss_bwd": variants(dict(each=x.b, **place, num_tokens=T), NO_MASK),
-    }
-
-
-def policy(dtype: torch.dtype) -> Variants:
-    """Every surrogate at each of its levels, alone and with all that can be added; each addition alone."""
-    from rpp_kernels.ops.kl import ESTIMATORS
-    from rpp_kernels.ops.policy_loss import LEVELS, SURROGATES, PolicyModes, PolicyNumbers
-
-    x = arguments(dtype)
-    numbers = PolicyNumbers(0.2, 0.2, math.inf, 0.0, 20.0, 0.0, math.inf, 0.0)
-    k3 = ESTIMATORS["k3"]
-    base = {
-        "logps": x.t,
-        "old_logps": x.t,
-        "advantages": x.t,
-        "mask": x.mask,
-        "cu_seqlens": x.cu,
-        "weights": None,
-        "ref_logps": None,
-    }
-    base |= dict(entropy=None, dloss=None, **numbers._asdict(), **PolicyModes(0, 0, k3, k3, 0)._asdict())
-    kl, entropy = {"ref_logps": x.t, "beta": 0.1}, {"entropy": x.t, "entropy_coef": 0.1}
-    all_of_it = kl | entropy | {"weights": x.t, "kl_bias_correction": 1}
-    each_of_sequence = {"advantages": x.b, "sequence_advantages": 1, "sequence_mean": 1}
-    surrogates = [
-        {"surrogate": number, "level": LEVELS.index(level)}
-        for number, surrogate in enumerate(SURROGATES.values())
-        for level in surrogate.levels
-    ]
-    across = [s for s in surrogates if LEVELS[s["level"]] in ("sequence", "sequence-sum")]
-    return variants(
-        base,
-        NO_MASK,
-        *surrogates,
-        *(s | all_of_it | each_of_sequence for s in surrogates),
-        *(s | all_of_it | {"per_token": 1} for s in across),
-        *(s | all_of_it | {"entropy": None, "dloss": x.t} for s in across),  # the backward of those
-        *(kl | {"kl_estimator": e, "kl_gradient": e} for e in ESTIMATORS.values() if e),
-        kl | {"kl_gradient": ESTIMATORS["none"]},
-        kl | {"kl_gradient": ESTIMATORS["k2"]},
-        kl | {"kl_bias_correction": 1},
-        entropy,
-        {"weights": x.t},
-        {"sequence_advantages": 1, "advantages": x.b},
-        {"sequence_mean": 1},
-        {"per_token": 1},
-    )
-
-
-def of_chunks(dtype: torch.dtype) -> dict[str, Variants]:
-    """Logits of a chunk are float32 or float64; their gradient has the dtype of the operands."""
-    x = arguments(dtype)
-    head = {"target_ids": x.ids, "temperature": 0.7, "token_temperature": None, "softcap": 0.0}
-    changes = [{"token_temperature": x.t}, {"softcap": 30.0}]
-    statistics = {"entropy": x.t, "lse": x.t, "lse_rest": x.t, "dlogps": x.t, "dentropy": None, "dlse": None}
-    logits = new(T, V, dtype=dtype)
-    half = [torch.bfloat16, torch.float16] if dtype == torch.float32 else []
-    return {
-        "chunk_logps_fwd": variants(dict(logits=logits, **head), *changes),
-        "chunk_logps_bwd_out": variants(
-            dict(dlogits=logits, logits=logits, rows=None, **head, **statistics),
-            *changes,
-            {"rows": x.ids},
-            {"dentropy": x.t},
-            {"dlogps": None, "dlse": x.t},
-            *({"dlogits": new(T, V, dtype=d), "dentropy": x.t, "dlse": x.t} for d in (dtype, *half)),
-        ),
-    }
-
-
-def of_logits(dtype: torch.dtype) -> dict[str, Variants]:
-    x = arguments(torch.float64 if dtype == torch.float64 else torch.float32)
-    logits, dlogits = new(T, V, dtype=dtype), new(T, V, dtype=dtype)
-    rows = {"target_ids": x.ids, "mask": x.mask, "temperature": 0.7, "token_temperature": None}
-    changes = [NO_MASK, {"token_temperature": x.t}, {"logits": new(B, T // B + 1, V, dtype=dtype)[:, :-1]}]
-    statistics = {"entropy": x.t, "lse": x.t, "lse_rest": x.t, "dlogps": x.t, "dentropy": None, "dlse": None}
-    return {
-        "logps_fwd": variants(dict(logits=logits, **rows), *changes),
-        "logps_bwd_out": variants(
-            dict(dlogits=dlogits, logits=logits, **rows, **statistics),
-            *changes,
-            {"dentropy": x.t},
-            {"dlogps": None, "dentropy": x.t},
-            {"dlogps": None, "dlse": x.t},
-            {"dentropy": x.t, "dlse": x.t, "token_temperature": x.t},
-        ),
-    }
 
 
 # ---------------------------------------------------------------- what must hold, and what is written
@@ -507,16 +310,16 @@ def as_json(result: dict[str, Any]) -> str:
     return f'{{\n "triton": {json.dumps(result["triton"])},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
-def stale(rows: Iterable[Row], archs: Iterable[str]) -> str | None:
-    """Why the committed figures of these architectures are not those of `rows`; None where they are, or where another
-    Triton made them, whose figures are its own."""
-    committed = json.loads(RESULT.read_text())
-    now, archs = result_of(rows), tuple(archs)
-    before = [row for row in committed["rows"] if row["arch"] in archs]
-    if committed["triton"] != now["triton"] or before == now["rows"]:
-        return None
-    changed = sorted({row["kernel"] for row in before + now["rows"] if (row in before) != (row in now["rows"])})
-    return f"{RESULT.relative_to(ROOT)} is of other kernels, run `python benchmarks/aot.py`: {', '.join(changed)}"
+def stale(rows: Iterable[Row], archs: Iterable[str], functions: Iterable[str], full: bool) -> list[str]:
+    """Kernels whose committed figures are not those of `rows`; none where another Triton made them, which has its own."""
+    committed, now = json.loads(RESULT.read_text()), result_of(rows)
+    if committed["triton"] != now["triton"]:
+        return []
+    scope = set(archs), set(functions)
+    before = [row for row in committed["rows"] if row["arch"] in scope[0] and row["variant"].split()[0] in scope[1]]
+    changed = [row for row in before if row not in now["rows"]]
+    changed += [] if full else [row for row in now["rows"] if row not in before]
+    return sorted({row["kernel"] for row in changed})
 
 
 def main() -> None:
@@ -524,24 +327,28 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported
     import report
 
-    everything = not args.arch and not args.function
-    measured = {arch: measure(arch, args.function or [""]) for arch in args.arch or REPORTED}
-    rows = [row for of_arch, _ in measured.values() for row in of_arch]
-    wrong = [failure for _, failures in measured.values() for failure in failures] + problems(rows)
+    everything = not args.arch and not args.function and not args.full
+    archs = args.arch or REPORTED
+    functions = {name for name in kernels() if any(part in name for part in args.function or [""])}
+    if args.full:
+        results = [measure(arch, functions, DTYPES) for arch in archs]
+        rows, wrong = [row for some, _ in results for row in some], [line for _, some in results for line in some]
+        wrong += forgotten(rows, functions)
+    else:
+        rows, wrong = sample(archs, functions)
+    wrong += problems(rows)
     result = result_of(rows)
-    if args.json:
-        args.json.write_text(as_json(result))
     if args.check:
-        wrong += filter(None, [stale(rows, measured)]) if not args.function else []
-        if everything and report.replaced(PAGE, "aot", report.aot(json.loads(RESULT.read_text()))) != PAGE.read_text():
+        old = stale(rows, archs, functions, args.full)
+        wrong += (
+            [f"{RESULT.relative_to(ROOT)} is of other kernels, run `python benchmarks/aot.py`: {old}"] if old else []
+        )
+        if report.replaced(PAGE, "aot", report.aot(json.loads(RESULT.read_text()))) != PAGE.read_text():
             wrong.append(f"the table of {PAGE.relative_to(ROOT)} is not of {RESULT.relative_to(ROOT)}")
-    elif everything and not args.json:
+    elif everything:
         RESULT.write_text(as_json(result))
         report.write(PAGE, "aot", report.aot(result))
-    if args.all:
-        print("\n".join(_line(row) for row in rows))
-    elif not everything:
-        print(report.aot(result))
+    print("\n".join(map(_line, rows)) if args.all else report.aot(result))
     if wrong:
         sys.exit("\n".join(wrong))
 
@@ -555,9 +362,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=list(GPUS), metavar="ARCH", help=f"of {', '.join(GPUS)}")
     parser.add_argument("--function", nargs="+", metavar="PART", help="functions whose names contain one of these")
-    parser.add_argument("--all", action="store_true", help="print a line for each variant")
+    parser.add_argument("--full", action="store_true", help="every variant in every dtype for every GPU")
+    parser.add_argument("--all", action="store_true", help="print a line for each variant, not the table")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the committed table is stale")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here and nowhere else")
     return parser.parse_args()
 
 

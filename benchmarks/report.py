@@ -164,7 +164,7 @@ def demo(result: dict[str, Any]) -> str:
 
 
 def aot(result: dict[str, Any]) -> str:
-    """One line for each kernel and dtype: of its variants the most registers and the least occupancy."""
+    """One line for each kernel and dtype: of the variants compiled the most registers and the least occupancy."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["kernel"], row["dtype"]), []).append(row)
