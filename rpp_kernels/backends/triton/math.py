@@ -619,8 +619,6 @@ def add_up(sums, partials, counter, loss, stats, STATS: tl.constexpr, BLOCK: tl.
     for i in tl.static_range(SUMS):
         tl.store(ours + i, sums[i].to(tl.float64))
     if is_last(counter, tl.num_programs(0)):
-        ROWS: tl.constexpr = BLOCK // 4
-    if is_last(counter):
         ROWS: tl.constexpr = BLOCK // 8
         row, k = tl.arange(0, ROWS)[:, None], tl.arange(0, 16)
         total = tl.zeros((ROWS, 16), tl.float64)

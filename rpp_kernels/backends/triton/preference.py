@@ -134,7 +134,7 @@ def copg_kernel(
     sum_of_sequence, length = log_ratio_of(logps, ref_logps, mask, cu_seqlens, sequence, B, BLOCK)
     tl.store(log_ratios + 2 * sequence, sum_of_sequence)
     tl.store(log_ratios + 2 * sequence + 1, length)
-    if is_last(finished):
+    if is_last(finished, tl.num_programs(0)):
         rate, others, none = (
             number(beta, tl.float64),
             number(group_size, tl.float64) - 1.0,
