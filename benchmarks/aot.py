@@ -9,8 +9,9 @@ spills and shared memory are read from the binary, and from them follows how man
     python benchmarks/aot.py --arch sm_80 --full --function kl gae --all    # prints a line for each variant
 
 Every variant is compiled for sm_90 in the dtypes of 32 and 16 bits; in float64 and for the other GPUs those variants of
-each kernel that need the most registers there, with --full all of them. The GPUs are those of GPUS: Triton compiles for
-NVIDIA and AMD, and its compiler for Intel's (xpu) comes in another package.
+each kernel that need the most registers there. With --full it is all of them, with --quick the one of each that needed
+the most when aot.json was written. The GPUs are those of GPUS: Triton compiles for NVIDIA and AMD, and its compiler for
+Intel's (xpu) comes in another package.
 """
 
 import argparse
@@ -138,11 +139,10 @@ class Row:
 
 
 Wanted = set[tuple[str, str]]  # kernels and variants
+Measured = tuple[list[Row], list[str]]  # and what failed
 
 
-def measure(
-    arch: str, functions: Iterable[str], dtypes: Iterable[torch.dtype], only: Wanted | None = None
-) -> tuple[list[Row], list[str]]:
+def measure(arch: str, functions: Iterable[str], dtypes: Iterable[torch.dtype], only: Wanted | None = None) -> Measured:
     """A row for each variant of each kernel that these functions launch, or for those of `only`; and what failed."""
     rows: list[Row] = []
     failures, seen = [], set()
@@ -155,7 +155,8 @@ def measure(
             try:
                 compiled = kernel.warmup(*arguments, grid=(programs,), **options)
             except Exception as error:  # of whatever kind: the next variant may compile
-                failures.append(f"{kernel.__name__} ({variant}, {dtype}, {arch}): {type(error).__name__}: {error}")
+                why = str(error).strip().splitlines()[-3:]
+                failures.append("\n".join([f"{kernel.__name__} ({variant}, {_name(dtype)}, {arch}) fails:", *why]))
                 return
             if (kernel.__name__, compiled.hash) not in seen:
                 seen.add((kernel.__name__, compiled.hash))
@@ -179,24 +180,43 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FIRST, MOST = "sm_90", 2  # where all variants are compiled, and how many of each kernel elsewhere
 
 
-def sample(archs: Iterable[str], functions: set[str]) -> tuple[list[Row], list[str]]:
+def full(archs: Iterable[str], functions: set[str]) -> Measured:
+    measured = [measure(arch, functions, DTYPES) for arch in archs]
+    return [row for rows, _ in measured for row in rows], [line for _, failures in measured for line in failures]
+
+
+def sample(archs: Iterable[str], functions: set[str]) -> Measured:
     rows, failures = measure(FIRST, functions, DTYPES[:3])
-    failures += forgotten(rows, functions)
-    greediest: dict[torch.dtype, Wanted] = {}
-    for dtype in DTYPES[:3]:
-        of_dtype = [row for row in rows if row.dtype == _name(dtype)]
-        greediest[dtype] = {
-            (row.kernel, row.variant)
-            for kernel in {row.kernel for row in of_dtype}
-            for row in heapq.nlargest(MOST, (r for r in of_dtype if r.kernel == kernel), key=lambda r: r.registers)
-        }
-    greediest[torch.float64] = greediest[torch.float32]
-    found = rows if FIRST in archs else []
+    some = {dtype: greediest(rows, dtype, MOST) for dtype in DTYPES[:3]}
+    some[torch.float64] = some[torch.float32]
+    found = []
     for arch in archs:
+        found += rows if arch == FIRST else []
         for dtype in DTYPES[3:] if arch == FIRST else DTYPES:
-            more, wrong = measure(arch, functions, [dtype], greediest[dtype])
+            more, wrong = measure(arch, functions, [dtype], some[dtype])
             found, failures = found + more, failures + wrong
     return found, failures
+
+
+def quick(archs: Iterable[str], functions: set[str]) -> Measured:
+    before = [Row(**row) for row in json.loads(RESULT.read_text())["rows"]]
+    found, failures = [], []
+    for arch in archs:
+        for dtype in DTYPES:
+            of_arch = [row for row in before if row.arch == arch]
+            more, wrong = measure(arch, functions, [dtype], greediest(of_arch, dtype, 1))
+            found, failures = found + more, failures + wrong
+    return found, failures
+
+
+def greediest(rows: Iterable[Row], dtype: torch.dtype, most: int) -> Wanted:
+    """The variants of each kernel that need the most registers."""
+    of_kernel: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.dtype == _name(dtype):
+            of_kernel.setdefault(row.kernel, []).append(row)
+    chosen = (heapq.nlargest(most, some, key=lambda row: row.registers) for some in of_kernel.values())
+    return {(row.kernel, row.variant) for some in chosen for row in some}
 
 
 def forgotten(rows: Iterable[Row], functions: set[str]) -> list[str]:
@@ -206,7 +226,7 @@ def forgotten(rows: Iterable[Row], functions: set[str]) -> list[str]:
     files = {name: sys.modules[function.__module__] for name, function in available.items()}
     whole = {file for file in files.values() if functions >= {name for name in files if files[name] is file}}
     launched = {row.kernel for row in rows}
-    return missing + [f"{kernel} is launched by no call" for kernel in sorted(declared(whole) - launched)]
+    return missing + [f"{kernel} is compiled for no call" for kernel in sorted(declared(whole) - launched)]
 
 
 def _row(kernel: str, what: str, dtype: torch.dtype, arch: str, compiled: Any, options: dict[str, Any]) -> Row:
@@ -279,6 +299,7 @@ def declared(files: Iterable[Any] | None = None) -> set[str]:
 
 # On each scheduler of a multiprocessor: one warp computes while another waits for its loads, of which each has several.
 LEAST_WARPS = 2
+MOST_SAID = 40
 MOST_WARPS = 16  # 1024 threads where a wave has 64
 
 
@@ -310,16 +331,16 @@ def as_json(result: dict[str, Any]) -> str:
     return f'{{\n "triton": {json.dumps(result["triton"])},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
-def stale(rows: Iterable[Row], archs: Iterable[str], functions: Iterable[str], full: bool) -> list[str]:
-    """Kernels whose committed figures are not those of `rows`; none where another Triton made them, which has its own."""
+def stale(rows: Iterable[Row], archs: Iterable[str], functions: Iterable[str], mode: Any) -> list[str]:
+    """Kernels whose committed figures are not those of `rows`; none where they are of another Triton."""
     committed, now = json.loads(RESULT.read_text()), result_of(rows)
     if committed["triton"] != now["triton"]:
         return []
-    scope = set(archs), set(functions)
-    before = [row for row in committed["rows"] if row["arch"] in scope[0] and row["variant"].split()[0] in scope[1]]
-    changed = [row for row in before if row not in now["rows"]]
-    changed += [] if full else [row for row in now["rows"] if row not in before]
-    return sorted({row["kernel"] for row in changed})
+    archs, functions = set(archs), set(functions)
+    before = [row for row in committed["rows"] if row["arch"] in archs and row["variant"].split()[0] in functions]
+    gone = [row for row in before if row not in now["rows"]] if mode is not quick else []
+    changed = [row for row in now["rows"] if row not in before] if mode is not full else []
+    return sorted({row["kernel"] for row in gone + changed})
 
 
 def main() -> None:
@@ -327,30 +348,26 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported
     import report
 
-    everything = not args.arch and not args.function and not args.full
+    mode = full if args.full else quick if args.quick else sample
     archs = args.arch or REPORTED
     functions = {name for name in kernels() if any(part in name for part in args.function or [""])}
-    if args.full:
-        results = [measure(arch, functions, DTYPES) for arch in archs]
-        rows, wrong = [row for some, _ in results for row in some], [line for _, some in results for line in some]
-        wrong += forgotten(rows, functions)
-    else:
-        rows, wrong = sample(archs, functions)
+    rows, wrong = mode(archs, functions)
+    wrong += [] if wrong else forgotten(rows, functions)
     wrong += problems(rows)
     result = result_of(rows)
     if args.check:
-        old = stale(rows, archs, functions, args.full)
-        wrong += (
-            [f"{RESULT.relative_to(ROOT)} is of other kernels, run `python benchmarks/aot.py`: {old}"] if old else []
-        )
+        old = stale(rows, archs, functions, mode)
+        if old:
+            wrong.append(f"{RESULT.relative_to(ROOT)} is of other kernels, run `python benchmarks/aot.py`: {old}")
         if report.replaced(PAGE, "aot", report.aot(json.loads(RESULT.read_text()))) != PAGE.read_text():
             wrong.append(f"the table of {PAGE.relative_to(ROOT)} is not of {RESULT.relative_to(ROOT)}")
-    elif everything:
+    elif mode is sample and not args.arch and not args.function:
         RESULT.write_text(as_json(result))
         report.write(PAGE, "aot", report.aot(result))
     print("\n".join(map(_line, rows)) if args.all else report.aot(result))
     if wrong:
-        sys.exit("\n".join(wrong))
+        rest = [f"and {len(wrong) - MOST_SAID} more"] if len(wrong) > MOST_SAID else []
+        sys.exit("\n".join(wrong[:MOST_SAID] + rest))
 
 
 def _line(row: Row) -> str:
@@ -362,7 +379,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=list(GPUS), metavar="ARCH", help=f"of {', '.join(GPUS)}")
     parser.add_argument("--function", nargs="+", metavar="PART", help="functions whose names contain one of these")
-    parser.add_argument("--full", action="store_true", help="every variant in every dtype for every GPU")
+    how_many = parser.add_mutually_exclusive_group()
+    how_many.add_argument("--full", action="store_true", help="every variant in every dtype for every GPU")
+    how_many.add_argument("--quick", action="store_true", help="of each kernel the greediest variant")
     parser.add_argument("--all", action="store_true", help="print a line for each variant, not the table")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the committed table is stale")
     return parser.parse_args()
