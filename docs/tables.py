@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 import rpp_kernels as rpp
+from rpp_kernels.backends import triton
 from rpp_kernels.recipes import ALGORITHMS, DIALECTS, EXTRAS, Recipe
 
 ROOT = Path(__file__).parents[1]
 
-# Public function -> the native kernels it is made of; none of those that are plain PyTorch everywhere.
+# Public function -> the kernels of a backend that it is made of; none of those that are plain PyTorch everywhere.
 KERNELS = {
     "linear_policy_loss": ["chunk_logps_fwd", "chunk_logps_bwd_out", "policy_loss_fwd"],
     "linear_loss": ["chunk_logps_fwd", "chunk_logps_bwd_out"],
@@ -44,9 +45,18 @@ KERNELS = {
 }
 
 
-def has_kernel(name: str, device: str) -> bool:
-    key = f"rpp_kernels_C::{name}"
-    return torch._C._dispatch_has_kernel_for_dispatch_key(key, device)
+GPU_RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+
+
+def native_cell(kernels: list[str]) -> str:
+    dispatched = torch._C._dispatch_has_kernel_for_dispatch_key
+    return "yes" if all(dispatched(f"rpp_kernels_C::{k}", "CPU") for k in kernels) else "no"
+
+
+def triton_cell(kernels: list[str]) -> str:
+    if not all(hasattr(triton.kernels(), k) for k in kernels):
+        return "no"
+    return "yes" if GPU_RESULTS.exists() else "not run yet"
 
 
 def ops_table() -> str:
@@ -56,10 +66,9 @@ def ops_table() -> str:
     rows = []
     for name, kernels in KERNELS.items():
         what = inspect.getdoc(getattr(rpp, name)).splitlines()[0].rstrip(".").replace("|", "\\|")
-        cells = ["yes" if all(has_kernel(k, device) for k in kernels) else "no" for device in ("CPU", "CUDA")]
-        cells = cells if kernels else ["PyTorch", "PyTorch"]
+        cells = [native_cell(kernels), triton_cell(kernels)] if kernels else ["PyTorch", "PyTorch"]
         rows.append([f"`{name}`", what, "yes", *cells])
-    return markdown(["function", "what it gives", "reference", "native CPU", "CUDA"], rows)
+    return markdown(["function", "what it gives", "reference", "native, CPU", "Triton, GPU"], rows)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

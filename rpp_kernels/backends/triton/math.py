@@ -168,9 +168,9 @@ def add_terms(x, top, sums, weighted, rate):
     offset = or_0(raised)
     sums, weighted = rescaled(top, offset, sums, weighted, rate)
     t = (x - offset[:, None]) * rate
-    t = tl.maximum(t, tl.full([], lowest_power(x.dtype), x.dtype), propagate_nan=tl.PropagateNan.ALL)
     power = tl.exp2(t)
-    return raised, sums + tl.sum(power, 1), weighted + tl.sum(power * t, 1)
+    products = power * tl.maximum(t, tl.full([], lowest_power(x.dtype), x.dtype))  # 0 for a logit of -inf
+    return raised, sums + tl.sum(power, 1), weighted + tl.sum(products, 1)
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def row_results(top, sums, weighted, target, temperature, F: tl.constexpr):
     mean = top.to(tl.float64) / temperature
     # Not the difference of two products, of which one may be fused and the other rounded.
     logps = (target.to(tl.float64) - top.to(tl.float64)) / temperature - log_sum
-    # A row of nothing but -inf is no distribution, though the terms of its sum are there.
+    # A row of nothing but -inf is no distribution.
     entropy = tl.where(tl.abs(mean) == float("inf"), float("nan"), log_sum - weighted / sums * LN_2)
     lse = (mean + log_sum).to(F)
     return logps.to(F), entropy.to(F), lse, ((mean - lse.to(tl.float64)) + log_sum).to(F)
