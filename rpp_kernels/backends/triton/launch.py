@@ -29,7 +29,12 @@ def launch(kernel: Any, programs: int, *arguments: Any, like: Tensor, **constant
         return
     config = config_of(kernel.__name__, like)
     with on_device(like):
-        kernel[(programs,)](*arguments, **constants, BLOCK=config.block, num_warps=config.warps)
+        run(kernel, programs, arguments, {**constants, "BLOCK": config.block, "num_warps": config.warps})
+
+
+def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Every launch passes here, and benchmarks/aot.py puts a compiler that launches nothing in this place."""
+    kernel[(programs,)](*arguments, **options)
 
 
 def on_device(like: Tensor) -> contextlib.AbstractContextManager[Any]:

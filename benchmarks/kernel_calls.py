@@ -1,0 +1,257 @@
+"""Every function of a backend in every variant that is another kernel, as one table of calls: what aot.py compiles.
+
+The sizes are small: they are known at run time and nothing is compiled for them. Arguments have the names and the order
+of csrc/registration.cpp.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+Variants = dict[str, tuple[Any, ...]]  # by what is different: the arguments of a function
+T, B, V = 64, 4, 256
+
+
+def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def variants(base: dict[str, Any], *changes: dict[str, Any]) -> Variants:
+    """The call with these arguments, in their order, and with each change."""
+    return {_label(change): tuple({**base, **change}.values()) for change in ({}, *changes)}
+
+
+def _label(change: dict[str, Any]) -> str:
+    def said(name: str, value: Any) -> str:
+        if value is None or value is False:
+            return f"no {name}"
+        return name if isinstance(value, torch.Tensor) or value is True else f"{name} {value}"
+
+    # What is known at run time only does not tell one variant from another.
+    return ", ".join(said(name, value) for name, value in change.items() if not isinstance(value, float))
+
+
+def each(name: str, values: Iterable[Any]) -> list[dict[str, Any]]:
+    return [{name: value} for value in values]
+
+
+def workload() -> Iterator[tuple[str, torch.dtype, Variants]]:
+    """Everything that is compiled: a function, the dtype it works in, its calls."""
+    for dtype in (torch.float32, torch.float64):
+        for table in (of_tokens, of_sequences, of_losses, of_chunks):
+            for name, calls in table(dtype).items():
+                yield name, dtype, calls
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for name, calls in of_logits(dtype).items():
+            yield name, dtype, calls
+
+
+def arguments(dtype: torch.dtype) -> SimpleNamespace:
+    """t of tokens, b of sequences, and the others by their names."""
+    return SimpleNamespace(
+        t=new(T, dtype=dtype),
+        b=new(B, dtype=dtype),
+        mask=new(T, dtype=torch.bool),
+        cu=torch.arange(0, T + 1, T // B),
+        moments=new(3, dtype=torch.float64),
+        ids=torch.zeros(T, dtype=torch.int64),
+    )
+
+
+NO_MASK = {"mask": None}
+
+
+def of_tokens(dtype: torch.dtype) -> dict[str, Variants]:
+    from rpp_kernels.ops.advantages import EPS_MODES
+    from rpp_kernels.ops.kl import ESTIMATORS
+
+    x = arguments(dtype)
+    kl = {"logps": x.t, "ref_logps": x.t, "mask": x.mask, "estimator": 3, "log_ratio_clamp": 20.0, "kl_clamp": 1.0}
+    estimators = each("estimator", ESTIMATORS.values())
+    whiten = {
+        "values": x.t,
+        "mask": x.mask,
+        "moments": x.moments,
+        "shift_mean": True,
+        "unbiased": False,
+        "eps": 1e-8,
+        "eps_mode": 0,
+    }
+    modes = [NO_MASK, {"shift_mean": False}, {"unbiased": True}, *each("eps_mode", EPS_MODES.values())]
+    return {
+        "kl_fwd": variants(kl, NO_MASK, *estimators),
+        "kl_bwd": variants(dict(dkl=x.t, **kl), NO_MASK, *estimators),
+        "moments": variants({"values": x.t, "mask": x.mask}, NO_MASK),
+        "whiten_out": variants(dict(out=x.t, **whiten), *modes),
+        "whiten_bwd": variants(dict(dout=x.t, **whiten), *modes),
+    }
+
+
+def of_sequences(dtype: torch.dtype) -> dict[str, Variants]:
+    from rpp_kernels.ops.advantages import GAPS
+    from rpp_kernels.ops.groups import BASELINES, STDS
+    from rpp_kernels.ops.kl import ESTIMATORS
+    from rpp_kernels.ops.rollout import LEVELS
+
+    x = arguments(dtype)
+    place = {"mask": x.mask, "cu_seqlens": x.cu}
+    gaps = each("gap", GAPS.values())
+    pipeline = dict(scores=x.b, old_logps=x.t, ref_logps=x.t, **place, beta=0.1, gamma=0.9)
+    rollout = dict(old_logps=x.t, sampling_logps=x.t, **place, level=0, truncate=True, low=0.5, high=2.0, clamp=20.0)
+    lengths = new(B, dtype=torch.float64)
+    sizes = {
+        "group_size": 2,
+        "num_groups": 2,
+        "baseline": 0,
+        "std": 1,
+        "unbiased": True,
+        "eps": 1e-6,
+        "keep_singletons": False,
+    }
+    groups = {"scores": x.b, "group_index": None, "lengths": None}
+    weighted = {"lengths": lengths, "baseline": BASELINES["length-weighted"]}
+    ids = {"group_index": torch.zeros(B, dtype=torch.int64), "group_size": 0, "num_groups": B}
+    of_groups = [
+        *each("std", STDS.values()),
+        *({"baseline": BASELINES["leave-one-out"], "std": s} for s in STDS.values() if s),
+        *(weighted | {"std": s} for s in STDS.values() if s),
+        *(ids | {"std": s} for s in STDS.values() if s),
+        ids | weighted,
+        {"unbiased": False},
+        {"keep_singletons": True},
+    ]
+    return {
+        "token_rewards_fwd": variants(dict(scores=x.b, kl=x.t, **place, beta=0.1), NO_MASK),
+        "token_rewards_bwd": variants(dict(drewards=x.t, **place, beta=0.1), NO_MASK),
+        "returns_fwd": variants(dict(rewards=x.t, **place, gamma=0.9, gap=0), NO_MASK, *gaps),
+        "returns_bwd": variants(dict(dreturns=x.t, **place, gamma=0.9, gap=0), NO_MASK, *gaps),
+        "gae_fwd": variants(dict(rewards=x.t, values=x.t, **place, gamma=0.9, gae_lambda=0.8, gap=0), NO_MASK, *gaps),
+        "gae_bwd": variants(dict(da=x.t, dreturns=x.t, **place, gamma=0.9, gae_lambda=0.8, gap=0), NO_MASK, *gaps),
+        "reinforce_pp_fwd": variants(
+            pipeline | {"estimator": 1, "log_ratio_clamp": 20.0, "kl_clamp": math.inf},
+            NO_MASK,
+            {"ref_logps": None},
+            *each("estimator", ESTIMATORS.values()),
+        ),
+        "rollout_weights_fwd": variants(rollout, NO_MASK, {"truncate": False}, *each("level", LEVELS.values())),
+        "group_advantages_fwd": variants(
+            groups | {"moments": None} | sizes, *of_groups, {"moments": x.moments, "std": STDS["batch"]}
+        ),
+        "group_advantages_bwd": variants({"dadvantages": x.b} | groups | sizes, *of_groups),
+    }
+
+
+def of_losses(dtype: torch.dtype) -> dict[str, Variants]:
+    from rpp_kernels.ops.preference import LOSS_TYPES
+
+    x = arguments(dtype)
+    place = {"mask": x.mask, "cu_seqlens": x.cu}
+    value = dict(values=x.t, old_values=x.t, returns=x.t, **place, epsilon=0.2, sequence_mean=False, per_token=False)
+    pairs = dict(logps=x.t, ref_logps=x.t, **place, loss_type=0, beta=0.1, label_smoothing=0.0, margin=0.0)
+    groups = dict(logps=x.t, ref_logps=x.t, scores=x.b, **place, group_size=2, beta=0.1, per_group=False)
+    return {
+        "policy_loss_fwd": policy(dtype),
+        "value_loss_fwd": variants(value, NO_MASK, {"sequence_mean": True}, {"per_token": True}),
+        "dpo_loss_fwd": variants(
+            pairs | {"length_normalized": False, "per_pair": False},
+            NO_MASK,
+            {"ref_logps": None},
+            {"length_normalized": True},
+            {"per_pair": True},
+            *each("loss_type", LOSS_TYPES.values()),
+        ),
+        "copg_loss_fwd": variants(groups, NO_MASK, {"per_group": True}),
+        "preference_loss_bwd": variants(dict(each=x.b, **place, num_tokens=T), NO_MASK),
+    }
+
+
+def policy(dtype: torch.dtype) -> Variants:
+    """Every surrogate and every level, alone and with all that can be added; each addition alone."""
+    from rpp_kernels.ops.kl import ESTIMATORS
+    from rpp_kernels.ops.policy_loss import LEVELS, SURROGATES, PolicyModes, PolicyNumbers
+
+    x = arguments(dtype)
+    numbers = PolicyNumbers(0.2, 0.2, math.inf, 0.0, 20.0, 0.0, math.inf, 0.0)
+    k3 = ESTIMATORS["k3"]
+    base = {
+        "logps": x.t,
+        "old_logps": x.t,
+        "advantages": x.t,
+        "mask": x.mask,
+        "cu_seqlens": x.cu,
+        "weights": None,
+        "ref_logps": None,
+    }
+    base |= dict(entropy=None, dloss=None, **numbers._asdict(), **PolicyModes(0, 0, k3, k3, 0)._asdict())
+    kl, entropy = {"ref_logps": x.t, "beta": 0.1}, {"entropy": x.t, "entropy_coef": 0.1}
+    all_of_it = kl | entropy | {"weights": x.t, "kl_bias_correction": 1}
+    each_of_sequence = {"advantages": x.b, "sequence_advantages": 1, "sequence_mean": 1}
+    surrogates = [
+        {"surrogate": number, "level": LEVELS.index(level)}
+        for number, surrogate in enumerate(SURROGATES.values())
+        for level in surrogate.levels
+    ]
+    first = [LEVELS.index(surrogate.levels[0]) for surrogate in SURROGATES.values()]
+    alone = [s for s in surrogates if s["surrogate"] == 0 or s["level"] == first[s["surrogate"]]]
+    many = [s for s in surrogates if s["surrogate"] == 0 or LEVELS[s["level"]] == "sequence"]
+    across = [s for s in many if LEVELS[s["level"]] in ("sequence", "sequence-sum")]
+    return variants(
+        base,
+        NO_MASK,
+        *alone,
+        *(s | all_of_it | each_of_sequence for s in many),
+        *(s | all_of_it | {"per_token": 1} for s in across[:2]),
+        *(s | all_of_it | {"entropy": None, "dloss": x.t} for s in across),  # the backward of those
+        *(kl | {"kl_estimator": e, "kl_gradient": e} for e in ESTIMATORS.values() if e),
+        kl | {"kl_gradient": ESTIMATORS["none"]},
+        kl | {"kl_gradient": ESTIMATORS["k2"]},
+        kl | {"kl_bias_correction": 1},
+        entropy,
+        {"weights": x.t},
+        {"sequence_advantages": 1, "advantages": x.b},
+        {"sequence_mean": 1},
+        {"per_token": 1},
+    )
+
+
+def of_chunks(dtype: torch.dtype) -> dict[str, Variants]:
+    """Logits of a chunk are float32 or float64; their gradient has the dtype of the operands."""
+    x = arguments(dtype)
+    head = {"target_ids": x.ids, "temperature": 0.7, "token_temperature": None, "softcap": 0.0}
+    changes = [{"token_temperature": x.t}, {"softcap": 30.0}]
+    statistics = {"entropy": x.t, "lse": x.t, "lse_rest": x.t, "dlogps": x.t, "dentropy": None, "dlse": None}
+    logits = new(T, V, dtype=dtype)
+    half = [torch.bfloat16, torch.float16] if dtype == torch.float32 else []
+    return {
+        "chunk_logps_fwd": variants(dict(logits=logits, **head), *changes),
+        "chunk_logps_bwd_out": variants(
+            dict(dlogits=logits, logits=logits, rows=None, **head, **statistics),
+            *changes,
+            {"rows": x.ids},
+            {"dentropy": x.t},
+            {"dlogps": None, "dlse": x.t},
+            *({"dlogits": new(T, V, dtype=d), "dentropy": x.t, "dlse": x.t} for d in (dtype, *half)),
+        ),
+    }
+
+
+def of_logits(dtype: torch.dtype) -> dict[str, Variants]:
+    x = arguments(torch.float64 if dtype == torch.float64 else torch.float32)
+    logits, dlogits = new(T, V, dtype=dtype), new(T, V, dtype=dtype)
+    rows = {"target_ids": x.ids, "mask": x.mask, "temperature": 0.7, "token_temperature": None}
+    changes = [NO_MASK, {"token_temperature": x.t}, {"logits": new(B, T // B + 1, V, dtype=dtype)[:, :-1]}]
+    statistics = {"entropy": x.t, "lse": x.t, "lse_rest": x.t, "dlogps": x.t, "dentropy": None, "dlse": None}
+    return {
+        "logps_fwd": variants(dict(logits=logits, **rows), *changes),
+        "logps_bwd_out": variants(
+            dict(dlogits=dlogits, logits=logits, **rows, **statistics),
+            *changes,
+            {"dentropy": x.t},
+            {"dlogps": None, "dentropy": x.t},
+            {"dlogps": None, "dlse": x.t},
+            {"dentropy": x.t, "dlse": x.t, "token_temperature": x.t},
+        ),
+    }
