@@ -17,13 +17,13 @@ from rpp_kernels.backends.triton.launch import block_of, kernel, launch
 from rpp_kernels.backends.triton.math import (
     add_terms,
     dlogits_of,
-    is_last,
     merged_terms,
     number,
     row_gradient,
     row_results,
     softcapped,
 )
+from rpp_kernels.backends.triton.sums import is_last
 
 __all__ = ["chunk_logps_bwd_out", "chunk_logps_fwd", "logps_bwd_out", "logps_fwd"]
 
