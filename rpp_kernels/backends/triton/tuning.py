@@ -22,7 +22,7 @@ MODELLED = "modelled: enough bytes in flight for the memory of an H100 at 4 to 8
 INTERPRETER = "an interpreter spends its time on programs and steps; few enough for tests to need several"
 SEQUENCE = "modelled: 4 tokens a thread, since scans in float64 of 8 take 170 registers: one program a multiprocessor"
 PARTIAL_SUMS = "modelled: 8 elements a thread in float64; larger would spill, smaller leave more to the last program"
-PAIRS = "modelled: a program compares a block of rows with a block of others, 8 pairs in each thread"
+PAIRS = "modelled: a program compares a block of rows with a block of others, 2 pairs in each thread"
 
 ANY = None
 # (kernel, dtype, architecture): the architecture is sm_80, sm_90, sm_100, ..., gfx942, ..., or "interpreter"
@@ -39,7 +39,8 @@ TABLE: dict[tuple[str, torch.dtype | None, str | None], Config] = {
     ("kl_kernel", ANY, "interpreter"): Config(64, 4, INTERPRETER),
     ("token_rewards_kernel", ANY, ANY): Config(1024, 8, SEQUENCE),
     ("token_rewards_kernel", ANY, "interpreter"): Config(32, 4, INTERPRETER),
-    ("returns_kernel", ANY, ANY): Config(1024, 8, SEQUENCE),
+    ("returns_kernel", ANY, ANY): Config(512, 4, SEQUENCE),
+    ("returns_kernel", ANY, "sm_90"): Config(1024, 8, SEQUENCE),
     ("returns_kernel", ANY, "interpreter"): Config(32, 4, INTERPRETER),
     ("gae_fwd_kernel", ANY, ANY): Config(1024, 8, SEQUENCE),
     ("gae_fwd_kernel", ANY, "interpreter"): Config(32, 4, INTERPRETER),
@@ -55,9 +56,9 @@ TABLE: dict[tuple[str, torch.dtype | None, str | None], Config] = {
     ("whiten_sums_kernel", ANY, "interpreter"): Config(1024, 4, INTERPRETER),
     ("whiten_bwd_kernel", ANY, ANY): Config(1024, 4, MODELLED),
     ("whiten_bwd_kernel", ANY, "interpreter"): Config(1024, 4, INTERPRETER),
-    ("group_advantages_kernel", ANY, ANY): Config(32, 4, PAIRS),
+    ("group_advantages_kernel", ANY, ANY): Config(16, 4, PAIRS),
     ("group_advantages_kernel", ANY, "interpreter"): Config(16, 4, INTERPRETER),
-    ("group_gradient_kernel", ANY, ANY): Config(32, 4, PAIRS),
+    ("group_gradient_kernel", ANY, ANY): Config(16, 4, PAIRS),
     ("group_gradient_kernel", ANY, "interpreter"): Config(16, 4, INTERPRETER),
     ("policy_kernel", ANY, ANY): Config(1024, 8, MODELLED),
     ("policy_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
