@@ -137,14 +137,12 @@ def copg_kernel(
     tl.store(log_ratios + 2 * sequence, sum_of_sequence)
     tl.store(log_ratios + 2 * sequence + 1, length)
     if is_last(finished, tl.num_programs(0)):
-        rate, others, none = (
-            number(beta, tl.float64),
-            number(group_size, tl.float64) - 1.0,
-            tl.zeros((BLOCK,), tl.float64),
-        )
+        GROUPS: tl.constexpr = BLOCK // 4
+        rate, others = number(beta, tl.float64), number(group_size, tl.float64) - 1.0
+        none = tl.zeros((GROUPS,), tl.float64)
         losses, sequences, rewards, all_h = none, none, none, none
-        for start in range(0, B // group_size, BLOCK):
-            group = start + tl.arange(0, BLOCK).to(tl.int64)
+        for start in range(0, B // group_size, GROUPS):
+            group = start + tl.arange(0, GROUPS).to(tl.int64)
             inside = group < B // group_size
             sum_h, sum_r, each = none, none, none
             for i in range(group_size):
