@@ -15,11 +15,14 @@ from rpp_kernels.backends.triton.tuning import config_of
 
 def kernel(function: Callable[..., Any]) -> Any:
     """triton.jit of a function whose `tl.int64` and `tl.float64` parameters are numbers known at run time: nothing is
-    compiled anew because one of them changes, is 1, or is a multiple of 16. A pointer may be None, where there is no
-    such tensor; that and every `tl.constexpr` is a variant."""
+    compiled anew because one of them changes, is 1, or is a multiple of 16, nor because a tensor begins elsewhere than
+    at a multiple of 16 bytes. A pointer may be None, where there is no such tensor; that and every `tl.constexpr` is a
+    variant."""
     hints = inspect.signature(function).parameters
     numbers = [name for name, hint in hints.items() if hint.annotation in (tl.int64, tl.float64)]
-    return triton.jit(do_not_specialize=numbers)(function)
+    # A mask of any length keeps loads from being vectors: that a pointer is aligned would but spread a warp's addresses.
+    pointers = [name for name, hint in hints.items() if hint.annotation is inspect.Parameter.empty]
+    return triton.jit(do_not_specialize=numbers, do_not_specialize_on_alignment=pointers)(function)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, like: Tensor, **constants: Any) -> None:

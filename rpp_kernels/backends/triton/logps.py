@@ -17,7 +17,6 @@ from rpp_kernels.backends.triton.launch import block_of, kernel, launch
 from rpp_kernels.backends.triton.math import (
     add_terms,
     dlogits_of,
-    is_last,
     merged_terms,
     number,
     row_gradient,
@@ -25,10 +24,10 @@ from rpp_kernels.backends.triton.math import (
     row_sum_squares,
     softcapped,
 )
+from rpp_kernels.backends.triton.sums import is_last
 
 __all__ = ["chunk_logps_bwd_out", "chunk_logps_fwd", "logps_bwd_out", "logps_fwd"]
 
-ALIGNMENT = tl.constexpr(16)  # elements: 16 bytes and more in every dtype
 PART = tl.constexpr(16)  # blocks of a row that one program takes
 MOST_PARTS = tl.constexpr(256)
 
@@ -43,9 +42,15 @@ def temperature_at(token_temperature, token, temperature):
 
 
 @triton.jit
+def begins_a_vector(pointer):
+    """Whether 16 bytes may be read at once from here on."""
+    return pointer.to(tl.int64) % 16 == 0
+
+
+@triton.jit
 def blocks_of(part, V, aligned, BLOCK: tl.constexpr):
     """The blocks of a part of a row: `whole` ones from `low` on, read without a mask, then others up to `high`. A row
-    that does not begin at a multiple of 16 elements has none of the former, whose addresses are those of vectors."""
+    that does not begin at a multiple of 16 bytes has none of the former, whose addresses are those of vectors."""
     low = part * PART
     high = tl.minimum(low + PART, (V + BLOCK - 1) // BLOCK)
     return low, tl.where(aligned, tl.minimum(V // BLOCK, high), low), high
@@ -99,10 +104,9 @@ def row_statistics_kernel(
         sums = tl.full([lanes], 0.0, F)
         weighted = tl.full([lanes], 0.0, F)
         squares = tl.full([lanes], 0.0, F)
-        low, whole, high = blocks_of(part, V, offset % ALIGNMENT == 0, BLOCK)
-        start = logits + tl.multiple_of(offset // ALIGNMENT * ALIGNMENT, 16)
+        low, whole, high = blocks_of(part, V, begins_a_vector(logits + offset), BLOCK)
         for i in range(low, whole):
-            x = tl.load(start + tl.multiple_of(i * BLOCK, 16) + at).to(F)
+            x = tl.load(tl.multiple_of(logits + offset + i * BLOCK + at, [1, 16])).to(F)
             if with_softcap:
                 x = softcapped(x, cap)
             top, sums, weighted, squares = add_terms(x, top, sums, weighted, squares, rate, with_squares)
@@ -209,10 +213,8 @@ def dlogits_kernel(
     offset = token // inner * outer_stride + token % inner * row_stride
     out_offset = index * out_stride
     at = tl.arange(0, BLOCK)
-    aligned = (offset % ALIGNMENT == 0) & (out_offset % ALIGNMENT == 0)
+    aligned = begins_a_vector(logits + offset) & begins_a_vector(dlogits + out_offset)
     low, whole, high = blocks_of(part, V, aligned, BLOCK)
-    start = logits + tl.multiple_of(offset // ALIGNMENT * ALIGNMENT, 16)
-    out_start = dlogits + tl.multiple_of(out_offset // ALIGNMENT * ALIGNMENT, 16)
     if wanted:
         heat = temperature_at(token_temperature, token, temperature)
         cap = number(softcap, F)
@@ -220,10 +222,9 @@ def dlogits_kernel(
         g = row_gradient(own_lse, own_rest, own_entropy, heat, d, of_entropy, of_lse, F)
         y = tl.load(target_ids + token)
         for i in range(low, whole):
-            block = tl.multiple_of(i * BLOCK, 16)
-            x = tl.load(start + block + at).to(F)
+            x = tl.load(tl.multiple_of(logits + offset + i * BLOCK + at, 16)).to(F)
             dx = dlogits_of(x, at == within(y, i, BLOCK), g, d, cap, dentropy is not None, with_softcap)
-            tl.store(out_start + block + at, dx.to(S))
+            tl.store(tl.multiple_of(dlogits + out_offset + i * BLOCK + at, 16), dx.to(S))
         for i in range(whole, high):
             inside = at < within(V, i, BLOCK)
             x = tl.load(logits + offset + i * BLOCK + at, mask=inside, other=0.0).to(F)
@@ -232,7 +233,7 @@ def dlogits_kernel(
     else:  # exactly zero, and the logits are not read
         zeros = tl.full([BLOCK], 0.0, S)
         for i in range(low, whole):
-            tl.store(out_start + tl.multiple_of(i * BLOCK, 16) + at, zeros)
+            tl.store(tl.multiple_of(dlogits + out_offset + i * BLOCK + at, 16), zeros)
         for i in range(whole, high):
             tl.store(dlogits + out_offset + i * BLOCK + at, zeros, mask=at < within(V, i, BLOCK))
 

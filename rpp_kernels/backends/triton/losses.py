@@ -10,9 +10,7 @@ from torch import Tensor
 
 from rpp_kernels.backends.triton.launch import counter, kernel, launch
 from rpp_kernels.backends.triton.math import (
-    add_up,
     at_least,
-    bounds_of,
     clipped_critic_loss,
     kl_slope,
     kl_value,
@@ -20,8 +18,9 @@ from rpp_kernels.backends.triton.math import (
     number,
     ratio_of,
     surrogate_loss,
-    valid_of,
 )
+from rpp_kernels.backends.triton.sequences import bounds_of, valid_of
+from rpp_kernels.backends.triton.sums import add_up
 
 __all__ = ["policy_loss_fwd", "value_loss_fwd"]
 

@@ -7,7 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rpp_kernels.backends.triton.launch import counter, kernel, launch
-from rpp_kernels.backends.triton.math import add_up, at_least, bounds_of, is_last, number, pair_loss, valid_of
+from rpp_kernels.backends.triton.math import at_least, number, pair_loss
+from rpp_kernels.backends.triton.sequences import bounds_of, valid_of
+from rpp_kernels.backends.triton.sums import add_up, is_last
 
 __all__ = ["copg_loss_fwd", "dpo_loss_fwd", "preference_loss_bwd"]
 
