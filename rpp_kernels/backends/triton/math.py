@@ -132,12 +132,15 @@ def softcap_slope(x, cap):
 
 
 @triton.jit
-def rescaled(top, to, sums, weighted, rate):
-    """Sums of 2^t and t 2^t, t = (x - top) * rate, as those of t = (x - to) * rate. What is -inf so far has none."""
+def rescaled(top, to, sums, weighted, squares, rate, with_squares: tl.constexpr):
+    """Sums of 2^t, t 2^t and (2^t)^2, t = (x - top) * rate, as those of t = (x - to) * rate. What is -inf so far has
+    none. Without squares the last is not touched."""
     shift = (top - to) * rate
     shift = tl.where(shift < lowest_power(top.dtype), lowest_power(top.dtype), shift)
     power = tl.exp2(shift)
-    return sums * power, (weighted + shift * sums) * power
+    if with_squares:
+        squares *= power * power
+    return sums * power, (weighted + shift * sums) * power, squares
 
 
 @triton.jit
@@ -147,23 +150,28 @@ def or_0(top):
 
 
 @triton.jit
-def add_terms(x, top, sums, weighted, rate):
+def add_terms(x, top, sums, weighted, squares, rate, with_squares: tl.constexpr):
     """The logits x (lanes, n) enter the sums of their lanes; one exponential for each of them and one for each lane."""
     raised = tl.maximum(top, tl.max(x, 1))  # passes over NaN, which the sums then keep
     offset = or_0(raised)
-    sums, weighted = rescaled(top, offset, sums, weighted, rate)
+    sums, weighted, squares = rescaled(top, offset, sums, weighted, squares, rate, with_squares)
     t = (x - offset[:, None]) * rate
     power = tl.exp2(t)
     products = power * tl.maximum(t, tl.full([], lowest_power(x.dtype), x.dtype))  # 0 for a logit of -inf
-    return raised, sums + tl.sum(power, 1), weighted + tl.sum(products, 1)
+    if with_squares:
+        squares += tl.sum(power * power, 1)
+    return raised, sums + tl.sum(power, 1), weighted + tl.sum(products, 1), squares
 
 
 @triton.jit
-def merged_terms(top, sums, weighted, rate):
+def merged_terms(top, sums, weighted, squares, rate, with_squares: tl.constexpr):
     """Of all lanes together: the maximum, and the sums in float64."""
     highest = tl.max(top, 0)
-    sums, weighted = rescaled(top, or_0(highest), sums, weighted, rate)
-    return highest, tl.sum(sums.to(tl.float64), 0), tl.sum(weighted.to(tl.float64), 0)
+    sums, weighted, squares = rescaled(top, or_0(highest), sums, weighted, squares, rate, with_squares)
+    total_squares = tl.full([], 0.0, tl.float64)
+    if with_squares:
+        total_squares = tl.sum(squares.to(tl.float64), 0)
+    return highest, tl.sum(sums.to(tl.float64), 0), tl.sum(weighted.to(tl.float64), 0), total_squares
 
 
 @triton.jit
@@ -177,6 +185,12 @@ def row_results(top, sums, weighted, target, temperature, F: tl.constexpr):
     entropy = tl.where(tl.abs(mean) == float("inf"), float("nan"), log_sum - weighted / sums * LN_2)
     lse = (mean + log_sum).to(F)
     return logps.to(F), entropy.to(F), lse, ((mean - lse.to(tl.float64)) + log_sum).to(F)
+
+
+@triton.jit
+def row_sum_squares(top, sums, squares, F: tl.constexpr):
+    """sum_j p_j^2, of the row_results of which the sums are."""
+    return tl.where(tl.abs(top) == float("inf"), float("nan"), squares / (sums * sums)).to(F)
 
 
 @triton.jit
