@@ -46,7 +46,8 @@ def test_one_abi3_wheel_with_both_packages_and_nothing_else(wheel):
     for wanted in ("rpp_kernels/py.typed", "rpp_kernels/ops/logps.py", "rpp_trainer/configs/smollm2.toml"):
         assert wanted in names
     assert any(name.endswith("LICENSE") for name in names)
-    assert zipfile.ZipFile(wheel).getinfo("rpp_kernels/_C.abi3.so").file_size < 3 << 19
+    # Every kernel for three instruction sets; that of rows of logits, in four dtypes, with sums of squares and without.
+    assert zipfile.ZipFile(wheel).getinfo("rpp_kernels/_C.abi3.so").file_size < 25 << 16
 
 
 @pytest.mark.slow

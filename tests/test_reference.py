@@ -69,6 +69,17 @@ def test_logps_from_logits_golden():
     assert_golden(out.logps, f32([-LN3, -LN2]))  # ln 1/3, ln 1/2
     assert_golden(out.entropy, f32([1.011404, 1.011404]))
     assert_golden(out.lse, f32([LN6, LN6]))
+    assert out.sum_squares is None
+
+
+def test_sum_of_squares_golden():
+    # (1 + 4 + 9) / 36; at temperature 1/2 the weights are 1, 4, 9 of 14: (1 + 16 + 81) / 196; a half twice; masked
+    logits = f32([0, LN2, LN3], [0, LN2, LN3], [-torch.inf, 5, 5], [math.nan] * 3).requires_grad_()
+    temperature, ids = f32([1, 0.5, 3, math.nan]), torch.tensor([0, 0, 0, -100])
+    mask = bools([1, 1, 1, 0])
+    out = reference.logps_from_logits(logits, ids, mask, temperature=temperature, sum_squares=True)
+    assert_golden(out.sum_squares, f32([14 / 36, 0.5, 0.5, 0]))
+    assert not out.sum_squares.requires_grad
 
 
 @pytest.mark.parametrize("temperature", [2.0, torch.tensor(2.0), torch.tensor([2.0])], ids=["float", "0-dim", "1-dim"])
@@ -520,9 +531,10 @@ def test_a_logit_of_minus_infinity_has_probability_0_and_finite_entropy_and_grad
 
 
 @pytest.mark.parametrize("row", [[0, math.nan, 1], [-math.inf] * 3, [math.nan, -math.inf, -math.inf]])
-def test_a_row_that_is_no_distribution_is_nan_in_logps_and_entropy(row):
-    out = reference.logps_from_logits(f32(row, [1, 2, 3]), torch.tensor([1, 1]))
-    assert out.logps.isnan().tolist() == out.entropy.isnan().tolist() == [True, False]
+def test_a_row_that_is_no_distribution_is_nan_in_logps_entropy_and_sum_of_squares(row):
+    out = reference.logps_from_logits(f32(row, [1, 2, 3]), torch.tensor([1, 1]), sum_squares=True)
+    for x in (out.logps, out.entropy, out.sum_squares):
+        assert x.isnan().tolist() == [True, False]
 
 
 def test_a_target_of_probability_0_has_logps_minus_infinity_and_a_finite_gradient():

@@ -56,7 +56,7 @@ def head(T, V, H=5, *, dtype=torch.float32, device="cpu", seed=0):
 
 
 def gradients(out, inputs):
-    return torch.autograd.grad(sum(x.sum() for x in out), inputs)
+    return torch.autograd.grad(sum(x.sum() for x in out if x is not None), inputs)
 
 
 # ---------------------------------------------------------------- every width and kind of row
@@ -177,7 +177,7 @@ def test_a_nan_among_the_logits_is_not_lost(column, dtype, backend, device):
     x["logits"].requires_grad_()
     out = rpp.logps_from_logits(**x)
     (dlogits,) = gradients(out, [x["logits"]])
-    for y in (*out, dlogits):
+    for y in (*out[:3], dlogits):
         assert y[1].isnan().all()
         assert y[[0, 2]].isfinite().all()
 
@@ -185,7 +185,7 @@ def test_a_nan_among_the_logits_is_not_lost(column, dtype, backend, device):
 def test_a_row_that_starts_with_nan_and_minus_infinities_is_nan(backend, device):
     logits = torch.full((1, 4099), -math.inf, device=device)
     logits[0, 3], logits[0, 4098] = math.nan, 1.0
-    for y in rpp.logps_from_logits(logits, torch.tensor([4098], device=device)):
+    for y in rpp.logps_from_logits(logits, torch.tensor([4098], device=device), sum_squares=True):
         assert y.isnan().all()
 
 
@@ -243,7 +243,7 @@ def test_a_batch_in_three_dimensions_is_its_rows(function, backend, device):
     boxed = function(
         rpp, {k: v if k in shared else v.reshape(3, 4, *v.shape[1:]) for k, v in x.items()}, mask.view(3, 4)
     )
-    assert_close(boxed, type(flat)(*(y.view(3, 4) for y in flat)))
+    assert_close(boxed, type(flat)(*(y.view(3, 4) for y in flat[:3])))
 
 
 # ---------------------------------------------------------------- parts of the gradient
@@ -278,7 +278,109 @@ def test_a_temperature_for_each_token_is_the_number_for_that_token(backend, devi
     together = rpp.logps_from_logits(**x, temperature=each)
     for i, temperature in enumerate(each.tolist()):
         alone = rpp.logps_from_logits(x["logits"][i : i + 1], x["target_ids"][i : i + 1], temperature=temperature)
-        assert_identical(type(together)(*(y[i : i + 1] for y in together)), alone)
+        assert_identical(type(together)(*(y[i : i + 1] for y in together[:3])), alone)
+
+
+# ---------------------------------------------------------------- sum of squares
+
+
+def with_squares(f, x, mask=None, temperature=1.0):
+    temperature = x.get("temperature", temperature)
+    return f.logps_from_logits(x["logits"], x["target_ids"], mask, temperature=temperature, sum_squares=True)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("V", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_of_squares_of_every_width_of_row(V, dtype, device):
+    assert_close_to_reference(with_squares, rows(3, V, dtype=dtype, device=device), ["logits"])
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("V", [2, 33, 2049])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_of_squares_of_every_kind_of_row(kind, V, dtype, device):
+    assert_close_to_reference(with_squares, rows(9, V, dtype=dtype, device=device, **KINDS[kind]))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_of_squares_where_the_maximum_rises_at_every_block_or_never(dtype, device):
+    rising = torch.linspace(-60, 60, 6 * 2048, device=device)
+    x = {"logits": torch.stack([rising, rising.flip(0)]).to(dtype), "target_ids": torch.tensor([5000, 5000]).to(device)}
+    assert_close_to_reference(partial(with_squares, temperature=7.0), x)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [3, 33, 4099])
+def test_sum_of_squares_with_masked_rows_banned_tokens_and_a_temperature_for_each_row(V, dtype, device):
+    x = rows(5, V, dtype=dtype, device=device)
+    x["logits"][1, 1:] = -math.inf  # one token is left
+    x["logits"][2, : V // 2] = -math.inf
+    x["logits"][3] = math.nan
+    x["target_ids"][3] = -100
+    x["temperature"] = torch.tensor([0.5, 1.0, 2.0, math.nan, 0.7], device=device)
+    mask = torch.tensor([True, True, True, False, True], device=device)
+    assert_close_to_reference(partial(with_squares, mask=mask), x)
+    squares = with_squares(rpp, x, mask).sum_squares
+    assert squares[1] == 1
+    assert squares[3] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_of_squares_is_1_of_the_only_token_1_over_v_of_equal_ones_and_never_more_than_1(dtype, backend, device):
+    only = with_squares(rpp, rows(3, 1, scale=100.0, dtype=dtype, device=device)).sum_squares
+    assert (only == 1).all()
+    equal = with_squares(rpp, rows(3, 64, scale=0.0, dtype=dtype, device=device)).sum_squares
+    assert_close(equal, torch.full_like(equal, 1 / 64), rtol=1e-6, atol=0)
+    for kind in KINDS.values():
+        squares = with_squares(rpp, rows(64, 1000, dtype=dtype, device=device, **kind)).sum_squares
+        assert (squares <= 1 + 1e-6 * (backend == "reference")).all()
+        assert (squares * 1000 >= 1 - 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_of_squares_of_a_row_that_is_no_distribution_is_nan(dtype, backend, device):
+    x = rows(4, 4099, dtype=dtype, device=device)
+    x["logits"][0] = -math.inf
+    x["logits"][1, 4098] = math.nan
+    x["logits"][3, 7] = math.inf
+    assert with_squares(rpp, x).sum_squares.isnan().tolist() == [True, True, False, True]
+
+
+def test_sum_of_squares_changes_nothing_else_and_has_no_gradient(backend, device):
+    x = rows(6, 40, device=device)
+    x["logits"].requires_grad_()
+    out, without = with_squares(rpp, x), from_logits(rpp, x)
+    assert without.sum_squares is None
+    assert linear(rpp, head(3, 5, device=device)).sum_squares is None
+    assert_identical(tuple(out[:3]), tuple(without[:3]))
+    assert_identical(gradients(out[:3], [x["logits"]]), gradients(without[:3], [x["logits"]]))
+    assert not out.sum_squares.requires_grad
+
+
+def test_sum_of_squares_has_the_shape_and_dtype_of_logps(backend, device):
+    for dtype, wanted in zip(DTYPES, (torch.float64, torch.float32, torch.float32, torch.float32), strict=True):
+        for shape in ((2, 3), (0, 3)):
+            logits = torch.zeros(*shape, 5, dtype=dtype, device=device)
+            ids = torch.zeros(*shape, dtype=torch.int64, device=device)
+            squares = rpp.logps_from_logits(logits, ids, sum_squares=True).sum_squares
+            assert (squares.shape, squares.dtype) == (shape, wanted)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_sum_of_squares_compiles_into_one_graph(wanted, backend, device):
+    x = rows(6, 40, device=device)
+
+    def call(x):
+        out = rpp.logps_from_logits(x["logits"], x["target_ids"], sum_squares=wanted)
+        return out._replace(sum_squares=2 * out.sum_squares) if wanted else out
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_close(evaluate(compiled, x, ["logits"]), evaluate(call, x, ["logits"]))
 
 
 # ---------------------------------------------------------------- linear_logps

@@ -116,12 +116,12 @@ def row_statistics_kernel(
             if with_softcap:
                 x = tl.where(inside, softcapped(x, cap), float("-inf"))
             top, sums, weighted, squares = add_terms(x, top, sums, weighted, squares, rate, with_squares)
-        merged = merged_terms(top, sums, weighted, squares, rate, with_squares)
-        highest, total, total_weighted, total_squares = merged
+        of_part = merged_terms(top, sums, weighted, squares, rate, with_squares)
+        highest, total, total_weighted, total_squares = of_part
 
         done = True
+        SUMS: tl.constexpr = 4 if with_squares else 3
         if parts > 1:
-            SUMS: tl.constexpr = 4 if with_squares else 3
             own = partials + (row * parts + part) * SUMS
             tl.store(own, highest.to(tl.float64))
             tl.store(own + 1, total)
@@ -139,8 +139,8 @@ def row_statistics_kernel(
                 each_squares = tl.zeros_like(each)
                 if with_squares:
                     each_squares = tl.load(theirs + 3, mask=every < parts, other=0.0, cache_modifier=".cg")
-                merged = merged_terms(tops, each, each_weighted, each_squares, 1.4426950408889634 / heat, with_squares)
-                widest, total, total_weighted, total_squares = merged
+                of_row = merged_terms(tops, each, each_weighted, each_squares, 1.4426950408889634 / heat, with_squares)
+                widest, total, total_weighted, total_squares = of_row
                 highest = widest.to(F)
             y = tl.load(target_ids + row)
             known = (y >= 0) & (y < V)  # another is a NaN, and no access beyond the row
