@@ -254,7 +254,11 @@ def of_logits(dtype: torch.dtype, sizes: Sizes) -> dict[str, Variants]:
     changes = [NO_MASK, {"token_temperature": x.t}, {"logits": view}]
     statistics = {"entropy": x.t, "lse": x.t, "lse_rest": x.t, "dlogps": x.t, "dentropy": None, "dlse": None}
     return {
-        "logps_fwd": variants(dict(logits=logits, **rows), *changes),
+        "logps_fwd": variants(
+            dict(logits=logits, **rows, sum_squares=False),
+            *changes,
+            *({"sum_squares": True} | change for change in ({}, {"token_temperature": x.t})),
+        ),
         "logps_bwd_out": variants(
             dict(dlogits=dlogits, logits=logits, **rows, **statistics),
             *changes,

@@ -122,6 +122,12 @@ RPP_HD RowResults<T> row_results(double max, double sum, double weighted, double
   return {logps, entropy, lse, static_cast<T>((top - lse) + log_sum)};
 }
 
+// sum_j p_j^2 from sum as above and squares = sum_j exp(t_j)^2.
+template <class T>
+RPP_HD T row_sum_squares(double max, double sum, double squares) {
+  return std::isinf(max) ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(squares / (sum * sum));
+}
+
 template <class F>
 struct RowGradient {
   // logp = (logit - shift) * inverse_temperature - rest, with shift near the largest logits, where the difference is

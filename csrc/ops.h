@@ -8,8 +8,10 @@
 
 namespace rpp {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> logps_fwd(Tensor logits, Tensor target_ids, MaybeTensor mask,
-                                                     double temperature, MaybeTensor token_temperature);
+// The last result, sum_j p_j^2, is empty without sum_squares.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logps_fwd(Tensor logits, Tensor target_ids, MaybeTensor mask,
+                                                             double temperature, MaybeTensor token_temperature,
+                                                             bool sum_squares);
 void logps_bwd_out(Tensor dlogits, Tensor logits, Tensor target_ids, MaybeTensor mask, double temperature,
                    MaybeTensor token_temperature, Tensor entropy, Tensor lse, Tensor lse_rest, MaybeTensor dlogps,
                    MaybeTensor dentropy, MaybeTensor dlse);

@@ -16,8 +16,8 @@ std::string cpu_capability() { return isa_name(); }
 STABLE_TORCH_LIBRARY(rpp_kernels_C, m) {
   m.def("cpu_capability() -> str");
   m.def(
-      "logps_fwd(Tensor logits, Tensor target_ids, Tensor? mask, float temperature, Tensor? token_temperature)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      "logps_fwd(Tensor logits, Tensor target_ids, Tensor? mask, float temperature, Tensor? token_temperature,"
+      " bool sum_squares) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "logps_bwd_out(Tensor(a!) dlogits, Tensor logits, Tensor target_ids, Tensor? mask, float temperature,"
       " Tensor? token_temperature, Tensor entropy, Tensor lse, Tensor lse_rest, Tensor? dlogps, Tensor? dentropy,"

@@ -73,10 +73,11 @@ def make_batch(
 
 
 def named(result: Any, name: str = "result") -> Tensors:
-    """The tensors of a result by their dotted names: `logps`, `stats.ratio`; a lone tensor is the `result`."""
+    """The tensors of a result by their dotted names: `logps`, `stats.ratio`; a lone tensor is the `result`, and what is
+    None is left out."""
     if isinstance(result, Tensor):
         return {name: result}
-    fields = zip(result._fields, result, strict=True)
+    fields = [(field, part) for field, part in zip(result._fields, result, strict=True) if part is not None]
     prefix = "" if name == "result" else f"{name}."
     return {k: x for field, part in fields for k, x in named(part, prefix + field).items()}
 

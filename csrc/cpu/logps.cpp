@@ -52,6 +52,7 @@ LogpsArgs<S> args_of(const Tensor& logits, const Tensor& target_ids, const Maybe
                  nullptr,
                  nullptr,
                  nullptr,
+                 nullptr,
                  nullptr};
   for (int64_t i = 0; i < view.rows; ++i) {
     const int64_t y = a.target_ids[i];
@@ -74,18 +75,20 @@ auto for_storage_type(const Tensor& x, F f) {
 }
 
 template <class S>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target_ids,
-                                                   const MaybeTensor& mask, double temperature,
-                                                   const MaybeTensor& token_temperature) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target_ids,
+                                                           const MaybeTensor& mask, double temperature,
+                                                           const MaybeTensor& token_temperature, bool sum_squares) {
   auto a = args_of<S>(logits, target_ids, mask, temperature, token_temperature);
-  Tensor logps, entropy, lse, lse_rest;
+  Tensor logps, entropy, lse, lse_rest, squares;
   a.logps = new_like<Compute<S>>(logits, {a.logits.rows}, logps);
   a.entropy = new_like<Compute<S>>(logits, {a.logits.rows}, entropy);
   a.lse = new_like<Compute<S>>(logits, {a.logits.rows}, lse);
   a.lse_rest = new_like<Compute<S>>(logits, {a.logits.rows}, lse_rest);
+  Compute<S>* data = new_like<Compute<S>>(logits, {sum_squares ? a.logits.rows : 0}, squares);
+  a.sum_squares = sum_squares ? data : nullptr;
   parallel_rows(a.logits.rows, a.logits.vocab,
                 [&](int64_t begin, int64_t end) { RPP_CALL(logps_fwd_rows<S>, a, begin, end); });
-  return {logps, entropy, lse, lse_rest};
+  return {logps, entropy, lse, lse_rest, squares};
 }
 
 template <class S>
@@ -108,10 +111,12 @@ void backward(const Tensor& dlogits, const Tensor& logits, const Tensor& target_
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> logps_fwd(Tensor logits, Tensor target_ids, MaybeTensor mask,
-                                                     double temperature, MaybeTensor token_temperature) {
-  return for_storage_type(
-      logits, [&]<class S>(S*) { return forward<S>(logits, target_ids, mask, temperature, token_temperature); });
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logps_fwd(Tensor logits, Tensor target_ids, MaybeTensor mask,
+                                                             double temperature, MaybeTensor token_temperature,
+                                                             bool sum_squares) {
+  return for_storage_type(logits, [&]<class S>(S*) {
+    return forward<S>(logits, target_ids, mask, temperature, token_temperature, sum_squares);
+  });
 }
 
 void logps_bwd_out(Tensor dlogits, Tensor logits, Tensor target_ids, MaybeTensor mask, double temperature,

@@ -21,6 +21,7 @@ struct LogpsArgs {
   double temperature;
   const Compute<S>* token_temperature;          // may be null
   Compute<S>*logps, *entropy, *lse, *lse_rest;  // lse + lse_rest: the log-sum-exp in twice the precision
+  Compute<S>* sum_squares;                      // may be null
   double temperature_of(int64_t row) const { return token_temperature ? double(token_temperature[row]) : temperature; }
 };
 

@@ -198,9 +198,9 @@ def linear_logps(
             the last chunk is filled up with zeros. Without it that depends on the matrix library; see docs/numerics.md.
 
     Returns:
-        TokenLogps(logps, entropy, lse), as `logps_from_logits`. Differentiable in `hidden_states`, `weight`, `bias`,
-        `lora_A` and `lora_B` through all three, alone or together; each gradient has its input's dtype, and those of
-        parameters are summed in float32.
+        TokenLogps(logps, entropy, lse), as `logps_from_logits`, which alone has `sum_squares`. Differentiable in
+        `hidden_states`, `weight`, `bias`, `lora_A` and `lora_B` through all three, alone or together; each gradient has
+        its input's dtype, and those of parameters are summed in float32.
 
     Raises:
         ValueError: a shape, dtype, device, id or option that is not as above.

@@ -27,9 +27,10 @@ def _rows_like(x: Tensor, rows: int) -> Tensor:
     return x.new_empty(rows, dtype=result_dtype(x))
 
 
-def _logps_shapes(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _logps_shapes(logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, sum_squares, _ = others
     rows = math.prod(logits.shape[:-1])  # not .numel(), which torch.compile takes for a constant
-    return _rows_like(logits, rows), _rows_like(logits, rows), _rows_like(logits, rows), _rows_like(logits, rows)
+    return tuple(_rows_like(logits, n) for n in (rows, rows, rows, rows, rows if sum_squares else 0))
 
 
 @kernel_op(_logps_shapes)
@@ -39,11 +40,14 @@ def logps_fwd(
     mask: Tensor | None,
     temperature: float,
     token_temperature: Tensor | None,
+    sum_squares: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logps, entropy, lse, lse_rest), each (T,); lse + lse_rest is the log-sum-exp in twice the precision."""
-    logps, entropy, lse, lse_rest = kernels(backend).logps_fwd(logits, target_ids, mask, temperature, token_temperature)
-    return logps, entropy, lse, lse_rest
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logps, entropy, lse, lse_rest, squares), each (T,); lse + lse_rest is the log-sum-exp in twice the precision,
+    squares are empty where not asked for."""
+    rows = logits, target_ids, mask, temperature, token_temperature
+    logps, entropy, lse, lse_rest, squares = kernels(backend).logps_fwd(*rows, sum_squares)
+    return logps, entropy, lse, lse_rest, squares
 
 
 @kernel_op(lambda logits, *_: logits.new_empty(logits.shape))
@@ -78,8 +82,9 @@ def logps_bwd(
 
 
 def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target_ids, mask, ctx.temperature, token_temperature, ctx.backend = inputs
-    _, *rows = output
+    logits, target_ids, mask, ctx.temperature, token_temperature, _, ctx.backend = inputs
+    _, *rows, squares = output
+    ctx.mark_non_differentiable(squares)
     ctx.save_for_backward(logits, target_ids, mask, token_temperature, *rows)
     ctx.set_materialize_grads(False)  # an entropy that is not used costs nothing backward
 
@@ -87,7 +92,7 @@ def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _logps_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, target_ids, mask, token_temperature, *rows = ctx.saved_tensors
     dlogits = logps_bwd(logits, target_ids, mask, ctx.temperature, token_temperature, *rows, *grads[:3], ctx.backend)
-    return dlogits, None, None, None, None, None
+    return dlogits, None, None, None, None, None, None
 
 
 register_gradient(logps_fwd, _logps_backward, _logps_setup)
@@ -103,12 +108,13 @@ def logps_from_logits(
     completion_mask: Tensor | None = None,  # (T,) or (B, S) bool
     *,
     temperature: float | Tensor = 1.0,  # or (T,) or (B, S)
+    sum_squares: bool = False,
 ) -> TokenLogps:
     """`(logits.float() / temperature).log_softmax(-1).gather(-1, target_ids[..., None]).squeeze(-1)`, and the entropy.
 
         z = logits / temperature     lse = log sum_j exp z_j     logps = z_y - lse     entropy = -sum_j p_j log p_j
 
-    All three in one read of the logits; the gradient in one more and a write. Natural logarithms (nats).
+    All of them in one read of the logits; the gradient in one more and a write. Natural logarithms (nats).
 
     Args:
         logits: float32, float64, bfloat16 or float16, of any outer strides: `logits[:, :-1]` is read where it lies.
@@ -116,11 +122,15 @@ def logps_from_logits(
         target_ids: already shifted: the token whose log-prob each position predicts. May be anything where masked.
         completion_mask: bool; elsewhere the logits are not read, results are 0 and gradients exactly 0.
         temperature: that of sampling; positive, a constant, one number or one for each token.
+        sum_squares: also sum_j p_j^2, in the same read: verl's `sum_pi_squared`, of which its optimal token baseline
+            makes the weight of a token, 1 - 2 p_y + sum_j p_j^2. Here alone: of `linear_logps` it would be one more
+            output for each chunk and shard, which no loss asks for.
 
     Returns:
-        TokenLogps(logps, entropy, lse), each of the shape of `target_ids`: float64 for float64 logits, else float32,
-        never a half type. Differentiable in `logits` through all three, alone or together; the gradient has the dtype
-        of the logits. A row whose gradients are all 0 is not read again.
+        TokenLogps(logps, entropy, lse, sum_squares), each of the shape of `target_ids`: float64 for float64 logits,
+        else float32, never a half type. Differentiable in `logits` through the first three, alone or together; the
+        gradient has the dtype of the logits. A row whose gradients are all 0 is not read again. `sum_squares` is a
+        constant, without a gradient, or None where not asked for.
 
     Raises:
         ValueError: a shape, dtype, device, id or temperature that is not as above.
@@ -134,14 +144,18 @@ def logps_from_logits(
     check_temperature(temperature, completion_mask, shape, logits)
     backend = backend_of(logits)
     if backend == "reference":
-        return reference.logps_from_logits(logits, target_ids, completion_mask, temperature=temperature)
+        return reference.logps_from_logits(
+            logits, target_ids, completion_mask, temperature=temperature, sum_squares=sum_squares
+        )
     scalar, for_each_token = _split_temperature(temperature, result_dtype(logits))
-    logps, entropy, lse, _ = logps_fwd(
+    logps, entropy, lse, _, squares = logps_fwd(
         logits if logits.stride(-1) == 1 else logits.contiguous(),
         target_ids.reshape(-1).contiguous(),
         flat_mask(completion_mask),
         scalar,
         for_each_token,
+        sum_squares,
         backend,
     )
-    return TokenLogps(logps.view(shape), entropy.view(shape), lse.view(shape))
+    results = (logps, entropy, lse, squares) if sum_squares else (logps, entropy, lse)
+    return TokenLogps(*(x.view(shape) for x in results))

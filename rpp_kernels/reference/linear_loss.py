@@ -44,7 +44,7 @@ def linear_loss(
     With `group_size` the loss may couple the tokens of that many consecutive sequences. It gets two arguments more: the
     `cu_seqlens` of the valid tokens, packed, and which sequences of the batch these are, a slice.
     """
-    logps, entropy, _ = linear_logps(
+    logps, entropy, *_ = linear_logps(
         hidden_states,
         weight,
         target_ids,

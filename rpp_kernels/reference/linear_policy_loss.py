@@ -59,7 +59,7 @@ def linear_policy_loss(
     vocab_start: int | None = None,
 ) -> LinearPolicyLoss:
     """`policy_loss` of `linear_logps`."""
-    logps, entropy, _ = linear_logps(
+    logps, entropy, *_ = linear_logps(
         hidden_states,
         weight,
         target_ids,

@@ -12,11 +12,13 @@ if TYPE_CHECKING:  # some builds of torch have no torch.distributed
 
 
 class TokenLogps(NamedTuple):
-    """Per-token results of the head: `logps` of the target, `entropy` of the distribution, `lse` its log-sum-exp."""
+    """Per-token results of the head: `logps` of the target, `entropy` of the distribution, `lse` its log-sum-exp, and
+    `sum_squares` of its probabilities, where they were asked for."""
 
     logps: Tensor
     entropy: Tensor
     lse: Tensor
+    sum_squares: Tensor | None = None
 
 
 def logps_from_logits(
@@ -25,10 +27,11 @@ def logps_from_logits(
     completion_mask: Tensor | None = None,  # (T,) or (B, S) bool
     *,
     temperature: float | Tensor = 1.0,  # scalar, or one for each token
+    sum_squares: bool = False,
 ) -> TokenLogps:
     """z = logits / temperature, lse = log sum_j exp z_j, logps = z_y - lse, entropy = -sum_j p_j log p_j.
 
-    A logit of -inf has probability 0 and adds nothing to the entropy.
+    A logit of -inf has probability 0 and adds nothing to the entropy. With `sum_squares` also sum_j p_j^2, a constant.
     """
     z = logits.to(result_dtype(logits))
     if isinstance(temperature, Tensor):
@@ -43,7 +46,8 @@ def logps_from_logits(
     logps = z.gather(-1, target_ids[..., None]).squeeze(-1) - lse
     all_logps = z - lse[..., None]
     entropy = -(all_logps.exp() * torch.where(all_logps == -torch.inf, 0.0, all_logps)).sum(-1)
-    return TokenLogps(*(select(x, completion_mask) for x in (logps, entropy, lse)))
+    squares = (all_logps.exp().square().sum(-1).detach(),) if sum_squares else ()
+    return TokenLogps(*(select(x, completion_mask) for x in (logps, entropy, lse, *squares)))
 
 
 def linear_logps(

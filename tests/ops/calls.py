@@ -36,9 +36,10 @@ class Call(NamedTuple):
         return lambda f, x: self.function(f, x, batch.mask, batch.cu_seqlens)
 
 
-def _logps(f, x, mask, _, temperature="temperature", fields=("logps", "entropy", "lse")):
-    out = f.logps_from_logits(x["logits"], x["target_ids"], mask, temperature=x.get(temperature, temperature))
-    return out if len(fields) == 3 else getattr(out, *fields)
+def _logps(f, x, mask, _, temperature="temperature", field=None, sum_squares=False):
+    temperature = x.get(temperature, temperature)
+    out = f.logps_from_logits(x["logits"], x["target_ids"], mask, temperature=temperature, sum_squares=sum_squares)
+    return getattr(out, field) if field else out
 
 
 def _linear(f, x, mask, _, bias=True, temperature="temperature"):
@@ -208,9 +209,10 @@ EVERYTHING = {
 }
 CALLS = {
     "logps_from_logits": Call(_logps, ("logits",)),
-    "logps_from_logits logps": Call(partial(_logps, fields=("logps",)), ("logits",)),
-    "logps_from_logits entropy": Call(partial(_logps, fields=("entropy",), temperature=0.7), ("logits",)),
-    "logps_from_logits lse": Call(partial(_logps, fields=("lse",), temperature=1.0), ("logits",)),
+    "logps_from_logits logps": Call(partial(_logps, field="logps"), ("logits",)),
+    "logps_from_logits entropy": Call(partial(_logps, field="entropy", temperature=0.7), ("logits",)),
+    "logps_from_logits lse": Call(partial(_logps, field="lse", temperature=1.0), ("logits",)),
+    "logps_from_logits sum_squares": Call(partial(_logps, sum_squares=True), ("logits",)),
     "linear_logps": Call(_linear, ("hidden_states", "weight", "bias")),
     "linear_logps without bias": Call(partial(_linear, bias=False, temperature=0.7), ("hidden_states", "weight")),
     "linear_loss": Call(_linear_loss, ("hidden_states", "weight", "bias")),

@@ -193,7 +193,7 @@ def op_cases():
     )
     nothing, frozen, every = (False,) * 4, (True, False, False, False), (True,) * 4
     with torch.no_grad():
-        _, *forward = torch.ops.rpp_kernels.logps_fwd(logits, ids, mask, 0.7, None, backend)
+        _, *forward, _ = torch.ops.rpp_kernels.logps_fwd(logits, ids, mask, 0.7, None, False, backend)
         linear = torch.ops.rpp_kernels.linear_logps_fwd(*plain, 8, False)[1:5]
         _, moments = torch.ops.rpp_kernels.whiten_fwd(advantages, mask, True, False, 1e-8, 0, "", backend)
     policy = x["logps"], x["old_logps"]
@@ -208,7 +208,11 @@ def op_cases():
     scores = torch.randn(12)
     whitening = True, False, 1e-8, 0
     return {
-        "logps_fwd": [(logits, ids, mask, 0.7, None, backend), (logits, ids, None, 1.0, rows + 0.5, backend)],
+        "logps_fwd": [
+            (logits, ids, mask, 0.7, None, False, backend),
+            (logits, ids, mask, 0.7, None, True, backend),
+            (logits, ids, None, 1.0, rows + 0.5, False, backend),
+        ],
         "logps_bwd": [
             (logits, ids, mask, 0.7, None, *forward, rows, None, None, backend),
             (logits, ids, mask, 0.7, rows + 0.5, *forward, rows, rows, rows, backend),
@@ -325,7 +329,7 @@ def test_fake_kernels_know_the_strides_of_gradients_of_views(V):
     # What torch.compile plans with has to be what comes: opcheck with logits that are a slice.
     logits = torch.randn(2, 4, V)[:, :-1].requires_grad_()
     ids = torch.zeros(6).long()
-    torch.library.opcheck(torch.ops.rpp_kernels.logps_fwd.default, (logits, ids, None, 1.0, None, "native"))
+    torch.library.opcheck(torch.ops.rpp_kernels.logps_fwd.default, (logits, ids, None, 1.0, None, True, "native"))
 
 
 # ---------------------------------------------------------------- torch.compile

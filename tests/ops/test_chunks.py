@@ -48,7 +48,7 @@ def backward(dlogits, logits, ids, grads, results, *, rows=None, temperature=Non
 
 
 def by_row(logits, ids, grads, temperature=None):
-    results = C.logps_fwd(logits, ids, None, 1.0, temperature)
+    results = C.logps_fwd(logits, ids, None, 1.0, temperature, False)[:4]
     dlogits = torch.empty_like(logits)
     C.logps_bwd_out(dlogits, logits, ids, None, 1.0, temperature, *results[1:], *grads)
     return results, dlogits

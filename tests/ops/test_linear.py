@@ -16,7 +16,7 @@ import rpp_kernels as rpp
 from rpp_kernels import backends, reference
 from rpp_kernels.ops import chunks
 from rpp_kernels.reference import TokenLogps
-from rpp_kernels.testing import assert_close_to_reference, evaluate, make_batch
+from rpp_kernels.testing import assert_close_to_reference, evaluate, make_batch, named
 
 pytestmark = pytest.mark.kernels
 
@@ -95,7 +95,7 @@ def linear_policy_loss(f, x, **options):
 def two_calls(f, x, **options):
     """What linear_policy_loss is: policy_loss of linear_logps."""
     options = {"cu_seqlens": x.get("cu_seqlens")} | options
-    logps, entropy, _ = linear_logps(f, x, **{k: v for k, v in options.items() if k not in POLICY})
+    logps, entropy, *_ = linear_logps(f, x, **{k: v for k, v in options.items() if k not in POLICY})
     policy = {k: v for k, v in options.items() if k in POLICY}
     if policy.get("entropy_coef"):
         policy["entropy"] = entropy
@@ -133,7 +133,7 @@ def surrogate(x, entropy_weight=0.1):
 
 def by_logps(f, x, token_loss, **options):
     """What linear_loss is: a loss of linear_logps."""
-    logps, entropy, _ = linear_logps(f, x, **options)
+    logps, entropy, *_ = linear_logps(f, x, **options)
     rows = x["completion_mask"].nonzero(as_tuple=True)
     return rpp.LinearLoss(token_loss(logps[rows], entropy[rows], rows).sum(), logps.detach(), entropy.detach())
 
@@ -211,7 +211,7 @@ PARTS = [("logps",), ("entropy",), ("lse",), ("logps", "entropy"), ("logps", "ls
 def test_results_alone_and_together_are_those_of_the_spec(dtype, parts, frozen, device):
     def some(f, x):
         out = linear_logps(f, x, **EVERYTHING)
-        return TokenLogps(*(y if name in parts else y.detach() for name, y in zip(out._fields, out, strict=True)))
+        return TokenLogps(*(y if name in parts else y.detach() for name, y in named(out).items()))
 
     x = head(dtype=dtype, device=device)
     # The gradient of the bias is a sum of tokens that nearly cancel, of which the spec is exact to half a ulp by luck.
@@ -964,7 +964,9 @@ def test_a_token_has_the_same_bits_in_any_batch_and_place(dtype, device):
     per_token = ("hidden_states", "target_ids", "completion_mask")
     for places in (slice(0, 1), slice(299, 300), slice(120, 122), slice(250, 287), torch.arange(299, -1, -1)):
         some = {k: y[places] if k in per_token else y for k, y in x.items()} | {"completion_mask": None}
-        assert_identical(linear_logps(rpp, some, batch_invariant=True), TokenLogps(*(y[places] for y in whole)))
+        assert_identical(
+            linear_logps(rpp, some, batch_invariant=True), TokenLogps(*(y[places] for y in named(whole).values()))
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1010,7 +1012,7 @@ def test_linear_logps_backward_twice_gives_the_same_twice(names, device):
 # ---------------------------------------------------------------- within PyTorch
 
 CALLS = {
-    "linear_logps": lambda x: sum(y.sum() for y in linear_logps(rpp, x)),
+    "linear_logps": lambda x: sum(y.sum() for y in named(linear_logps(rpp, x)).values()),
     "linear_loss": lambda x: linear_loss(rpp, x, surrogate(x)).loss,
     "linear_policy_loss": lambda x: linear_policy_loss(rpp, x).loss,
 }

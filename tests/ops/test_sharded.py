@@ -156,7 +156,7 @@ for dtype in (torch.float32, f64):
         CASES[f"{call}-{name}"] = Case(calls[call], dtype=dtype)
         CASES[f"{call}-{name}-chunks"] = Case(calls[call], dtype=dtype, plan=MANY)
         CASES[f"{call}-{name}-frozen"] = Case(calls[call], dtype=dtype, learned=HIDDEN, plan=MANY)
-    for result in reference.TokenLogps._fields:
+    for result in ("logps", "entropy", "lse"):
         CASES[f"logps-{name}-d{result}"] = Case(call_logps, dtype=dtype, options={"only": result}, plan=MANY)
     CASES[f"entropy-{name}-frozen"] = Case(call_logps, dtype=dtype, learned=HIDDEN, options={"only": "entropy"})
     CASES[f"policy-{name}-sequence"] = Case(call_policy, dtype=dtype, options=sequence)

@@ -28,12 +28,12 @@ def test_rows_of_logits_may_lie_beyond_32_bits(kernels):
     logits, dlogits = far_rows(V, torch.bfloat16), far_rows(V, torch.bfloat16)
     logits.copy_(torch.randn(2, V))
     near, dnear = logits.contiguous(), torch.empty(2, V, dtype=torch.bfloat16, device=DEVICE)
-    far = kernels.logps_fwd(logits, ids, None, 0.7, None)
-    want = kernels.logps_fwd(near, ids, None, 0.7, None)
+    far = kernels.logps_fwd(logits, ids, None, 0.7, None, True)
+    want = kernels.logps_fwd(near, ids, None, 0.7, None, True)
     torch.testing.assert_close(far, want, rtol=0, atol=0)
     slopes = torch.ones(2, device=DEVICE), torch.ones(2, device=DEVICE), None
     for out, x, mine in ((dlogits, logits, far), (dnear, near, want)):
-        kernels.chunk_logps_bwd_out(out, x, None, ids, 0.7, None, 0.0, *mine[1:], *slopes)
+        kernels.chunk_logps_bwd_out(out, x, None, ids, 0.7, None, 0.0, *mine[1:4], *slopes)
     torch.testing.assert_close(dlogits.contiguous(), dnear, rtol=0, atol=0)
 
 
@@ -66,12 +66,16 @@ def test_rows_in_parts_are_the_spec(kernels):
     ids = torch.tensor([V - 1, 5, V - 1, V // 2], device=DEVICE)
     mask = torch.tensor([True, True, True, False], device=DEVICE)
     logits[3] = torch.nan
-    logps, entropy, lse, rest = kernels.logps_fwd(logits, ids, mask, 0.8, None)
+    logps, entropy, lse, rest, squares = kernels.logps_fwd(logits, ids, mask, 0.8, None, True)
     exact = logits.double().requires_grad_()
-    want = reference.logps_from_logits(exact, ids, mask, temperature=0.8)
-    for got, x in ((logps, want.logps), (entropy, want.entropy), (lse.double() + rest, want.lse)):
+    want = reference.logps_from_logits(exact, ids, mask, temperature=0.8, sum_squares=True)
+    for got, x in zip((logps, entropy, lse.double() + rest, squares), want, strict=True):
         torch.testing.assert_close(got.double(), x.detach(), rtol=2e-6, atol=2e-6)
     assert logps[2] == entropy[2] == 0
+    assert squares[2] == 1
+    without = kernels.logps_fwd(logits, ids, mask, 0.8, None, False)
+    torch.testing.assert_close(without[:4], (logps, entropy, lse, rest), rtol=0, atol=0)
+    assert without[4].shape == (0,)
     dlogits = torch.full_like(logits, torch.nan)
     slopes = torch.tensor([1.0, -2.0, 1.0, 1.0], device=DEVICE), torch.ones(4, device=DEVICE), None
     kernels.logps_bwd_out(dlogits, logits, ids, mask, 0.8, None, entropy, lse, rest, *slopes)
@@ -82,10 +86,10 @@ def test_rows_in_parts_are_the_spec(kernels):
 def test_a_row_has_the_same_bits_in_any_batch_and_at_any_place(kernels):
     logits = wide(6)[:, :-4].contiguous()  # a multiple of 16 elements
     ids = torch.arange(6, device=DEVICE)
-    together = kernels.logps_fwd(logits, ids, None, 1.0, None)
-    reversed_ = kernels.logps_fwd(logits.flip(0), ids.flip(0), None, 1.0, None)
+    together = kernels.logps_fwd(logits, ids, None, 1.0, None, True)
+    reversed_ = kernels.logps_fwd(logits.flip(0), ids.flip(0), None, 1.0, None, True)
     for i in range(6):
-        alone = kernels.logps_fwd(logits[i : i + 1], ids[i : i + 1], None, 1.0, None)
+        alone = kernels.logps_fwd(logits[i : i + 1], ids[i : i + 1], None, 1.0, None, True)
         for x, y, z in zip(alone, together, reversed_, strict=True):
             torch.testing.assert_close(x[0], y[i], rtol=0, atol=0, equal_nan=True)
             torch.testing.assert_close(x[0], z[5 - i], rtol=0, atol=0, equal_nan=True)
@@ -94,6 +98,6 @@ def test_a_row_has_the_same_bits_in_any_batch_and_at_any_place(kernels):
 def test_an_id_beyond_the_vocabulary_is_a_nan_and_no_access_beyond_the_row(kernels):
     """On an accelerator no check reads the ids, which would wait for it."""
     logits, ids = torch.randn(3, 20, device=DEVICE), torch.tensor([20, 4, -1], device=DEVICE)
-    logps, entropy, *_ = kernels.logps_fwd(logits, ids, None, 1.0, None)
+    logps, entropy, *_ = kernels.logps_fwd(logits, ids, None, 1.0, None, False)
     assert logps.isnan().tolist() == [True, False, True]
     assert entropy.isfinite().all()

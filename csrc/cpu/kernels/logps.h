@@ -1,13 +1,13 @@
 // Log-prob, entropy and log-sum-exp of rows of logits, and their gradient. One read of the logits forward; one read and
 // one write backward. No include guard: see for_each_isa.h. Arguments: cpu/logps.h.
 
-template <class S>
+template <class S, bool with_squares>
 struct RowSum {
-  // sum = sum_j exp(t_j), weighted = sum_j t_j exp(t_j), t_j = (x_j - max) / temperature: float lanes over one block of
-  // the row, which adds few enough terms; double across blocks.
+  // sum = sum_j exp(t_j), weighted = sum_j t_j exp(t_j), squares = sum_j exp(t_j)^2, t_j = (x_j - max) / temperature:
+  // float lanes over one block of the row, which adds few enough terms; double across blocks.
   using T = Compute<S>;
   T max = -std::numeric_limits<T>::infinity();
-  double sum = 0, weighted = 0;
+  double sum = 0, weighted = 0, squares = 0;
 
   // Blocks stay in the L1 cache between the search for their maximum and the exponentials.
   static constexpr int64_t kBlock = 2048;
@@ -18,34 +18,40 @@ struct RowSum {
     raise_max(x, n, inverse_temperature);
     // A row that is -inf so far has no maximum to subtract; 0 keeps its terms at exp(-inf).
     const V offset = V{} + (max == -std::numeric_limits<T>::infinity() ? T(0) : max);
-    V s0{}, s1{}, w0{}, w1{};
+    V s0{}, s1{}, w0{}, w1{}, q0 = V{} + kNothing, q1 = q0;
     int64_t i = 0;
     for (; i + 2 * N <= n; i += 2 * N) {
       __builtin_prefetch(x + i + kBlock);  // the next block arrives while this one is summed
       __builtin_prefetch(x + i + N + kBlock);
-      add(load(x + i), offset, inverse_temperature, s0, w0);
-      add(load(x + i + N), offset, inverse_temperature, s1, w1);
+      add(load(x + i), offset, inverse_temperature, s0, w0, q0);
+      add(load(x + i + N), offset, inverse_temperature, s1, w1, q1);
     }
     for (; i < n; i += N) {
       const V tail = n - i < N ? load(x + i, n - i, lowest()) : load(x + i);
-      add(tail, offset, inverse_temperature, s0, w0);
+      add(tail, offset, inverse_temperature, s0, w0, q0);
     }
     sum += horizontal_sum(s0 + s1);
     weighted += horizontal_sum(w0 + w1);
+    if constexpr (with_squares) squares += horizontal_sum(q0 + q1);
   }
 
  private:
+  // Where lanes of squares start: 0 beside the square of the maximum, 1, yet so large that no square added to it leaves
+  // a subnormal number, of 100 times the cost of others.
+  static constexpr T kNothing = T(1e-30);
+
   static RPP_HD S lowest() {  // -inf
     if constexpr (std::is_same_v<S, bf16>) return bf16{0xff80};
     else return static_cast<S>(-std::numeric_limits<T>::infinity());
   }
 
   template <class V>
-  static RPP_HD void add(V x, V offset, T inverse_temperature, V& sum, V& weighted) {
+  static RPP_HD void add(V x, V offset, T inverse_temperature, V& sum, V& weighted, V& squares) {
     const V t = at_least((x - offset) * inverse_temperature, num<V>(ExpConstants<T>::lowest));  // 0 * -inf never arises
     const V e = exponential_in_range(t);
     sum += e;
     weighted += e * t;
+    if constexpr (with_squares) squares += e * e;
   }
 
   RPP_HD void raise_max(const S* x, int64_t n, T inverse_temperature) {
@@ -72,35 +78,46 @@ struct RowSum {
     if (max == -std::numeric_limits<T>::infinity()) {
       sum *= 0;  // nothing but -inf so far, or a NaN, which survives
       weighted *= 0;
+      if constexpr (with_squares) squares *= 0;
     } else {
       const double shift = (double(max) - double(raised)) * inverse_temperature;
-      weighted = (weighted + shift * sum) * std::exp(shift);
-      sum *= std::exp(shift);
+      const double scale = std::exp(shift);
+      weighted = (weighted + shift * sum) * scale;
+      sum *= scale;
+      if constexpr (with_squares) squares *= scale * scale;
     }
     max = raised;
   }
 };
 
-template <class S>
-void logps_fwd_rows(const LogpsArgs<S>& a, int64_t begin, int64_t end) {
+template <bool with_squares, class S>
+void logps_fwd_each_row(const LogpsArgs<S>& a, int64_t begin, int64_t end) {
   using T = Compute<S>;
   for (int64_t row = begin; row < end; ++row) {
     if (a.mask && !a.mask[row]) {
       a.logps[row] = a.entropy[row] = a.lse[row] = a.lse_rest[row] = 0;
+      if constexpr (with_squares) a.sum_squares[row] = 0;
       continue;
     }
     const S* x = a.logits.row(row);
     const T inverse_temperature = static_cast<T>(1 / a.temperature_of(row));
-    RowSum<S> r;
-    for (int64_t i = 0; i < a.logits.vocab; i += RowSum<S>::kBlock)
-      r.add_block(x + i, std::min(a.logits.vocab - i, RowSum<S>::kBlock), inverse_temperature);
+    RowSum<S, with_squares> r;
+    for (int64_t i = 0; i < a.logits.vocab; i += r.kBlock)
+      r.add_block(x + i, std::min(a.logits.vocab - i, r.kBlock), inverse_temperature);
     const auto results =
         row_results<T>(r.max, r.sum, r.weighted, to_double(x[a.target_ids[row]]), a.temperature_of(row));
     a.logps[row] = results.logps;
     a.entropy[row] = results.entropy;
     a.lse[row] = results.lse;
     a.lse_rest[row] = results.lse_rest;
+    if constexpr (with_squares) a.sum_squares[row] = row_sum_squares<T>(r.max, r.sum, r.squares);
   }
+}
+
+template <class S>
+void logps_fwd_rows(const LogpsArgs<S>& a, int64_t begin, int64_t end) {
+  if (a.sum_squares) logps_fwd_each_row<true>(a, begin, end);
+  else logps_fwd_each_row<false>(a, begin, end);
 }
 
 template <bool with_entropy, class S>

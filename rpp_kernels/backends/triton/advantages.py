@@ -6,20 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rpp_kernels.backends.triton.launch import blocks, counter, kernel, launch
-from rpp_kernels.backends.triton.math import (
-    block_moments,
-    degrees_of,
-    discount_of,
-    is_last,
-    kl_value,
-    merged_moments,
-    number,
-    scanned,
-    store_moments,
-    whitening,
-    with_moments,
-)
-from rpp_kernels.backends.triton.sequences import inside_and_valid, tokens
+from rpp_kernels.backends.triton.math import degrees_of, kl_value, number, whitening
+from rpp_kernels.backends.triton.sequences import discount_of, inside_and_valid, scanned, tokens
+from rpp_kernels.backends.triton.sums import block_moments, is_last, merged_moments, store_moments, with_moments
 
 __all__ = ["moments", "reinforce_pp_fwd", "whiten_bwd", "whiten_out"]
 

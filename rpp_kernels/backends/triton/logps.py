@@ -17,13 +17,14 @@ from rpp_kernels.backends.triton.launch import block_of, kernel, launch
 from rpp_kernels.backends.triton.math import (
     add_terms,
     dlogits_of,
-    is_last,
     merged_terms,
     number,
     row_gradient,
     row_results,
+    row_sum_squares,
     softcapped,
 )
+from rpp_kernels.backends.triton.sums import is_last
 
 __all__ = ["chunk_logps_bwd_out", "chunk_logps_fwd", "logps_bwd_out", "logps_fwd"]
 
@@ -68,7 +69,8 @@ def row_statistics_kernel(
     entropy,
     lse,
     lse_rest,
-    partials,  # (T, parts, 3): maximum and sums, where there are several parts
+    sum_squares,
+    partials,  # (T, parts, 3 or 4): maximum and sums, where there are several parts
     arrived,  # (T,) zeros, of parts
     target_ids,  # (T,)
     mask,  # (T,)
@@ -81,6 +83,7 @@ def row_statistics_kernel(
     temperature: tl.float64,
     softcap: tl.float64,
     with_softcap: tl.constexpr,
+    with_squares: tl.constexpr,
     vector: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -100,35 +103,44 @@ def row_statistics_kernel(
         top = tl.full([lanes], float("-inf"), F)
         sums = tl.full([lanes], 0.0, F)
         weighted = tl.full([lanes], 0.0, F)
+        squares = tl.full([lanes], 0.0, F)
         low, whole, high = blocks_of(part, V, begins_a_vector(logits + offset), BLOCK)
         for i in range(low, whole):
             x = tl.load(tl.multiple_of(logits + offset + i * BLOCK + at, [1, 16])).to(F)
             if with_softcap:
                 x = softcapped(x, cap)
-            top, sums, weighted = add_terms(x, top, sums, weighted, rate)
+            top, sums, weighted, squares = add_terms(x, top, sums, weighted, squares, rate, with_squares)
         for i in range(whole, high):
             inside = at < within(V, i, BLOCK)
             x = tl.load(logits + offset + i * BLOCK + at, mask=inside, other=float("-inf")).to(F)
             if with_softcap:
                 x = tl.where(inside, softcapped(x, cap), float("-inf"))
-            top, sums, weighted = add_terms(x, top, sums, weighted, rate)
-        highest, total, total_weighted = merged_terms(top, sums, weighted, rate)
+            top, sums, weighted, squares = add_terms(x, top, sums, weighted, squares, rate, with_squares)
+        merged = merged_terms(top, sums, weighted, squares, rate, with_squares)
+        highest, total, total_weighted, total_squares = merged
 
         done = True
         if parts > 1:
-            own = partials + (row * parts + part) * 3
+            SUMS: tl.constexpr = 4 if with_squares else 3
+            own = partials + (row * parts + part) * SUMS
             tl.store(own, highest.to(tl.float64))
             tl.store(own + 1, total)
             tl.store(own + 2, total_weighted)
+            if with_squares:
+                tl.store(own + 3, total_squares)
             done = is_last(arrived + row, parts)
         if done:
             if parts > 1:
                 every = tl.arange(0, MOST_PARTS)
-                theirs = partials + (row * parts + every) * 3
+                theirs = partials + (row * parts + every) * SUMS
                 tops = tl.load(theirs, mask=every < parts, other=float("-inf"), cache_modifier=".cg")
                 each = tl.load(theirs + 1, mask=every < parts, other=0.0, cache_modifier=".cg")
                 each_weighted = tl.load(theirs + 2, mask=every < parts, other=0.0, cache_modifier=".cg")
-                widest, total, total_weighted = merged_terms(tops, each, each_weighted, 1.4426950408889634 / heat)
+                each_squares = tl.zeros_like(each)
+                if with_squares:
+                    each_squares = tl.load(theirs + 3, mask=every < parts, other=0.0, cache_modifier=".cg")
+                merged = merged_terms(tops, each, each_weighted, each_squares, 1.4426950408889634 / heat, with_squares)
+                widest, total, total_weighted, total_squares = merged
                 highest = widest.to(F)
             y = tl.load(target_ids + row)
             known = (y >= 0) & (y < V)  # another is a NaN, and no access beyond the row
@@ -141,12 +153,16 @@ def row_statistics_kernel(
             tl.store(entropy + row, out[1])
             tl.store(lse + row, out[2])
             tl.store(lse_rest + row, out[3])
+            if with_squares:
+                tl.store(sum_squares + row, row_sum_squares(highest, total, total_squares, F))
     elif part == 0:
         zero = tl.full([], 0.0, F)
         tl.store(logps + row, zero)
         tl.store(entropy + row, zero)
         tl.store(lse + row, zero)
         tl.store(lse_rest + row, zero)
+        if with_squares:
+            tl.store(sum_squares + row, zero)
 
 
 @kernel
@@ -241,25 +257,27 @@ def _statistics(
     temperature: float,
     token_temperature: Tensor | None,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sum_squares: bool,
+) -> tuple[Tensor, ...]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = target_ids.numel()
-    logps, entropy, lse, lse_rest = (logits.new_empty(rows, dtype=dtype) for _ in range(4))
+    results = tuple(logits.new_empty(n, dtype=dtype) for n in (rows, rows, rows, rows, rows if sum_squares else 0))
     parts = _parts(row_statistics_kernel, logits)
     several = rows if parts > 1 else 0
     launch(
         row_statistics_kernel,
         rows * parts,
-        *(logits, logps, entropy, lse, lse_rest),
-        logits.new_empty(several, parts, 3, dtype=torch.float64),
+        *(logits, *results),
+        logits.new_empty(several, parts, 4 if sum_squares else 3, dtype=torch.float64),
         logits.new_zeros(several, dtype=torch.int32),
         *(target_ids, mask, token_temperature),
         *(*_layout(logits), parts, temperature, softcap),
         like=logits,
         with_softcap=softcap != 0,
+        with_squares=sum_squares,
         vector=16 // logits.itemsize,
     )
-    return logps, entropy, lse, lse_rest
+    return results
 
 
 def _gradient(
@@ -287,9 +305,14 @@ def _gradient(
 
 
 def logps_fwd(
-    logits: Tensor, target_ids: Tensor, mask: Tensor | None, temperature: float, token_temperature: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _statistics(logits, target_ids, mask, temperature, token_temperature, 0.0)
+    logits: Tensor,
+    target_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    sum_squares: bool,
+) -> tuple[Tensor, ...]:
+    return _statistics(logits, target_ids, mask, temperature, token_temperature, 0.0, sum_squares)
 
 
 def logps_bwd_out(
@@ -312,8 +335,8 @@ def logps_bwd_out(
 
 def chunk_logps_fwd(
     logits: Tensor, target_ids: Tensor, temperature: float, token_temperature: Tensor | None, softcap: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _statistics(logits, target_ids, None, temperature, token_temperature, softcap)
+) -> tuple[Tensor, ...]:
+    return _statistics(logits, target_ids, None, temperature, token_temperature, softcap, False)[:4]
 
 
 def chunk_logps_bwd_out(

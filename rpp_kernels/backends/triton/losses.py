@@ -10,9 +10,7 @@ from torch import Tensor
 
 from rpp_kernels.backends.triton.launch import counter, kernel, launch
 from rpp_kernels.backends.triton.math import (
-    add_up,
     at_least,
-    bounds_of,
     clipped_critic_loss,
     kl_slope,
     kl_value,
@@ -20,8 +18,9 @@ from rpp_kernels.backends.triton.math import (
     number,
     ratio_of,
     surrogate_loss,
-    valid_of,
 )
+from rpp_kernels.backends.triton.sequences import bounds_of, valid_of
+from rpp_kernels.backends.triton.sums import add_up
 
 __all__ = ["policy_loss_fwd", "value_loss_fwd"]
 
@@ -65,7 +64,7 @@ def sum_log_ratios(
     sequence_advantages: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Over a sequence, in float64: (log-ratios, what the surrogate makes of them, valid tokens but at least 1)."""
+    """Over a sequence, in float64: (log-ratios, what the surrogate makes of them, valid tokens)."""
     plain = tl.zeros((BLOCK,), tl.float64)
     terms, count = plain, plain
     for start in range(begin, end, BLOCK):
@@ -74,7 +73,7 @@ def sum_log_ratios(
         plain += d.to(tl.float64)
         terms += log_ratio_term(surrogate, d, a, option_0, option_1)[0].to(tl.float64)
         count += valid.to(tl.float64)
-    return tl.sum(plain), tl.sum(terms), at_least(tl.sum(count), 1.0)
+    return tl.sum(plain), tl.sum(terms), tl.sum(count)
 
 
 @triton.jit
@@ -147,15 +146,16 @@ def policy_kernel(
     none, none_wide, never = tl.zeros((BLOCK,), F), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)
     of_sequence = number(1.0, F)  # the weight of each of its tokens
     if (level != TOKEN) | sequence_mean:
-        plain, terms, length = sum_log_ratios(
+        plain, terms, tokens = sum_log_ratios(
             logps, old_logps, advantages, mask, sequence, begin, end, surrogate, x_0, x_1, sequence_advantages, BLOCK
         )
+        length = at_least(tokens, 1.0)
         if sequence_mean:
             of_sequence = (1.0 / length).to(F)
         if level == SEQUENCE_SUM:
             length = number(1.0, tl.float64)
-        plain_ratio, plain_clamped = ratio_of(none_wide + plain / length, most.to(tl.float64))
-        terms_ratio, terms_clamped = ratio_of(none_wide + terms / length, most.to(tl.float64))
+        plain_ratio, plain_clamped = ratio_of(plain / length, most.to(tl.float64))
+        terms_ratio, terms_clamped = ratio_of(terms / length, most.to(tl.float64))
 
     losses, log_ratios = none_wide, none_wide  # of both signs
     ratios, kls, moved, kl_moved = none, none, none, none
@@ -171,8 +171,8 @@ def policy_kernel(
                 ratio, clamped = ratio_of(d, most)
                 r, r_clamped = ratio, clamped
             else:
-                ratio, clamped = plain_ratio.to(F), plain_clamped
-                r, r_clamped = terms_ratio.to(F), terms_clamped
+                ratio, clamped = none + plain_ratio.to(F), plain_clamped
+                r, r_clamped = none + terms_ratio.to(F), terms_clamped
             each, through, dlogp, low, high, dual = surrogate_loss(surrogate, logp, a, d, r, x_0, x_1, x_2)
             through, kl_through, weight = tl.where(r_clamped, 0.0, through), none, none + of_sequence
             if weights is not None:
@@ -202,10 +202,11 @@ def policy_kernel(
                 each = tl.where(valid, each, 0.0)
                 if token_loss is not None:
                     tl.store(token_loss + at, each, mask=at < end)
-                losses, log_ratios = losses + each.to(tl.float64), log_ratios - d.to(tl.float64)
-                ratios += tl.where(valid, ratio, 0.0)
-                count, lows = count + valid.to(tl.int32), lows + low.to(tl.int32)
-                highs, duals = highs + high.to(tl.int32), duals + dual.to(tl.int32)
+                losses += each.to(tl.float64)
+                lows, highs, duals = lows + low.to(tl.int32), highs + high.to(tl.int32), duals + dual.to(tl.int32)
+                if level == TOKEN:
+                    log_ratios, count = log_ratios + d.to(tl.float64), count + valid.to(tl.int32)
+                    ratios += tl.where(valid, ratio, 0.0)
                 if ref_logps is not None:
                     kls += kl
                 if shared:
@@ -213,9 +214,13 @@ def policy_kernel(
                 if shared & kl_bias_correction:
                     kl_moved += tl.where(valid, kl_through * weight, 0.0)
 
-    tokens = tl.sum(count)
-    sums = (tl.sum(losses) * of_sequence.to(tl.float64), tokens, tokens > 0, tl.sum(lows), tl.sum(highs), tl.sum(duals))
-    more = (tl.sum(ratios.to(tl.float64)), tl.sum(log_ratios), tl.sum(kls.to(tl.float64)))
+    if level == TOKEN:
+        plain, tokens, ratio_sum = tl.sum(log_ratios), tl.sum(count).to(tl.float64), tl.sum(ratios.to(tl.float64))
+    else:
+        ratio_sum = plain_ratio * tokens
+    total = tl.sum(losses) * of_sequence.to(tl.float64)
+    sums = (total, tokens, tokens > 0.0, tl.sum(lows), tl.sum(highs), tl.sum(duals))
+    more = (ratio_sum, -plain, tl.sum(kls.to(tl.float64)))
     add_up(sums + more, partials, finished, loss, stats, POLICY_STATS, BLOCK)
 
 

@@ -20,25 +20,10 @@ K2 = tl.constexpr(2)
 K3 = tl.constexpr(3)
 ABS = tl.constexpr(4)
 
-# What a masked token does to a sum that passes it, besides nothing, in the order of GAPS in ops/advantages.py
-GAP_RESET = tl.constexpr(1)
-GAP_STEP = tl.constexpr(2)
-
-# Where eps goes, in the order of EPS_MODES there
+# Where eps goes, in the order of EPS_MODES in ops/advantages.py
 EPS_FLOOR = tl.constexpr(0)
 EPS_ADD_VAR = tl.constexpr(1)
 EPS_ADD_STD = tl.constexpr(2)
-
-
-# ---------------------------------------------------------------- programs
-
-
-@triton.jit
-def is_last(arrived, count):
-    """Whether this program is the last of `count` to ask, with all that the others stored before they asked in sight;
-    read that with cache_modifier=".cg", past the cache of this multiprocessor."""
-    tl.debug_barrier()
-    return tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1
 
 
 # ---------------------------------------------------------------- numbers
@@ -147,12 +132,15 @@ def softcap_slope(x, cap):
 
 
 @triton.jit
-def rescaled(top, to, sums, weighted, rate):
-    """Sums of 2^t and t 2^t, t = (x - top) * rate, as those of t = (x - to) * rate. What is -inf so far has none."""
+def rescaled(top, to, sums, weighted, squares, rate, with_squares: tl.constexpr):
+    """Sums of 2^t, t 2^t and (2^t)^2, t = (x - top) * rate, as those of t = (x - to) * rate. What is -inf so far has
+    none. Without squares the last is not touched."""
     shift = (top - to) * rate
     shift = tl.where(shift < lowest_power(top.dtype), lowest_power(top.dtype), shift)
     power = tl.exp2(shift)
-    return sums * power, (weighted + shift * sums) * power
+    if with_squares:
+        squares *= power * power
+    return sums * power, (weighted + shift * sums) * power, squares
 
 
 @triton.jit
@@ -162,23 +150,28 @@ def or_0(top):
 
 
 @triton.jit
-def add_terms(x, top, sums, weighted, rate):
+def add_terms(x, top, sums, weighted, squares, rate, with_squares: tl.constexpr):
     """The logits x (lanes, n) enter the sums of their lanes; one exponential for each of them and one for each lane."""
     raised = tl.maximum(top, tl.max(x, 1))  # passes over NaN, which the sums then keep
     offset = or_0(raised)
-    sums, weighted = rescaled(top, offset, sums, weighted, rate)
+    sums, weighted, squares = rescaled(top, offset, sums, weighted, squares, rate, with_squares)
     t = (x - offset[:, None]) * rate
     power = tl.exp2(t)
     products = power * tl.maximum(t, tl.full([], lowest_power(x.dtype), x.dtype))  # 0 for a logit of -inf
-    return raised, sums + tl.sum(power, 1), weighted + tl.sum(products, 1)
+    if with_squares:
+        squares += tl.sum(power * power, 1)
+    return raised, sums + tl.sum(power, 1), weighted + tl.sum(products, 1), squares
 
 
 @triton.jit
-def merged_terms(top, sums, weighted, rate):
+def merged_terms(top, sums, weighted, squares, rate, with_squares: tl.constexpr):
     """Of all lanes together: the maximum, and the sums in float64."""
     highest = tl.max(top, 0)
-    sums, weighted = rescaled(top, or_0(highest), sums, weighted, rate)
-    return highest, tl.sum(sums.to(tl.float64), 0), tl.sum(weighted.to(tl.float64), 0)
+    sums, weighted, squares = rescaled(top, or_0(highest), sums, weighted, squares, rate, with_squares)
+    total_squares = tl.full([], 0.0, tl.float64)
+    if with_squares:
+        total_squares = tl.sum(squares.to(tl.float64), 0)
+    return highest, tl.sum(sums.to(tl.float64), 0), tl.sum(weighted.to(tl.float64), 0), total_squares
 
 
 @triton.jit
@@ -192,6 +185,12 @@ def row_results(top, sums, weighted, target, temperature, F: tl.constexpr):
     entropy = tl.where(tl.abs(mean) == float("inf"), float("nan"), log_sum - weighted / sums * LN_2)
     lse = (mean + log_sum).to(F)
     return logps.to(F), entropy.to(F), lse, ((mean - lse.to(tl.float64)) + log_sum).to(F)
+
+
+@triton.jit
+def row_sum_squares(top, sums, squares, F: tl.constexpr):
+    """sum_j p_j^2, of the row_results of which the sums are."""
+    return tl.where(tl.abs(top) == float("inf"), float("nan"), squares / (sums * sums)).to(F)
 
 
 @triton.jit
@@ -264,105 +263,7 @@ def kl_slope(d, estimator: tl.constexpr, log_ratio_clamp, kl_clamp):
     return tl.where((kl > kl_clamp) | (kl < -kl_clamp), 0.0, slope)
 
 
-# ---------------------------------------------------------------- scans: carry -> x + factor carry, token after token
-#
-# In float64, block by block. Places outside of the sequence are steps that change nothing, x = 0 and factor = 1.
-
-
-@triton.jit
-def two_steps(factor, x, next_factor, next_x):
-    return factor * next_factor, next_x + next_factor * x
-
-
-@triton.jit
-def two_steps_or_resets(factor, x, next_factor, next_x):
-    """As above; a step of a negative factor starts anew. Selected, not multiplied by 0: the sum may be NaN."""
-    resets = (factor < 0) | (next_factor < 0)
-    x = tl.where(next_factor < 0, next_x, next_x + next_factor * x)
-    return tl.where(resets, -1.0, factor * next_factor).to(factor.dtype), x
-
-
-@triton.jit
-def discount_of(valid, inside, gamma, gap: tl.constexpr):
-    """What a token multiplies the carry by; -1 where it resets it."""
-    if gap == GAP_STEP:
-        factor = tl.where(inside, gamma, 1.0)
-    elif gap == GAP_RESET:
-        factor = tl.where(valid, gamma, tl.where(inside, -1.0, 1.0))
-    else:
-        factor = tl.where(valid, gamma, 1.0)
-    return factor.to(tl.float64)
-
-
-@triton.jit
-def scanned(x, factor, carry, resets: tl.constexpr, forward: tl.constexpr, BLOCK: tl.constexpr):
-    """The carry behind each token of a block, and behind the block."""
-    if resets:
-        factor, x = tl.associative_scan((factor, x), 0, two_steps_or_resets, reverse=not forward)
-        out = tl.where(factor < 0, x, x + factor * carry)
-    else:
-        factor, x = tl.associative_scan((factor, x), 0, two_steps, reverse=not forward)
-        out = x + factor * carry
-    end: tl.constexpr = BLOCK - 1 if forward else 0
-    return out, tl.sum(tl.where(tl.arange(0, BLOCK) == end, out, 0.0))
-
-
-# ---------------------------------------------------------------- moments: count, mean, sum of squared deviations
-
-
-@triton.jit
-def block_moments(x, valid):
-    """Of float64: the mean first, then the deviations from it, so that values far from 0 lose nothing."""
-    count = tl.sum(valid.to(tl.float64))
-    divisor = at_least(count, 1.0)
-    mean = tl.sum(tl.where(valid, x, 0.0)) / divisor
-    deviation = tl.where(valid, x - mean, 0.0)
-    rest = tl.sum(deviation)  # what the rounding of the mean left
-    squares = tl.sum(deviation * deviation) - rest * (rest / divisor)
-    return count, mean + rest / divisor, at_least(squares, 0.0)
-
-
-@triton.jit
-def with_moments(count, mean, squares, other_count, other_mean, other_squares):
-    """Both as one: csrc/cpu/moments.h."""
-    total = count + other_count
-    shift = other_mean - mean
-    share = other_count / at_least(total, 1.0)
-    merged_mean, merged_squares = mean + shift * share, squares + other_squares + shift * shift * count * share
-    some = other_count > 0
-    return total, tl.where(some, merged_mean, mean), tl.where(some, merged_squares, squares)
-
-
-@triton.jit
-def store_moments(parts, i, count, mean, squares):
-    tl.store(parts + 3 * i, count)
-    tl.store(parts + 3 * i + 1, mean)
-    tl.store(parts + 3 * i + 2, squares)
-
-
-@triton.jit
-def merged_moments(parts, BLOCK: tl.constexpr):
-    """Of the parts (programs, 3) that other programs stored, always in the same order."""
-    lane = tl.arange(0, BLOCK).to(tl.int64)
-    n = tl.num_programs(0)
-    shift = tl.load(parts + 1, cache_modifier=".cg")  # equal means stay what they are
-    counts, sums = tl.full([BLOCK], 0.0, tl.float64), tl.full([BLOCK], 0.0, tl.float64)
-    for k in range(0, n, BLOCK):
-        at = parts + 3 * (k + lane)
-        count = tl.load(at, mask=k + lane < n, other=0.0, cache_modifier=".cg")
-        mean = tl.load(at + 1, mask=k + lane < n, other=0.0, cache_modifier=".cg")
-        counts += count
-        sums += tl.where(count > 0, count * (mean - shift), 0.0)
-    total = tl.sum(counts)
-    center = shift + tl.sum(sums) / at_least(total, 1.0)
-    squares = tl.full([BLOCK], 0.0, tl.float64)
-    for k in range(0, n, BLOCK):
-        at = parts + 3 * (k + lane)
-        count = tl.load(at, mask=k + lane < n, other=0.0, cache_modifier=".cg")
-        mean = tl.load(at + 1, mask=k + lane < n, other=0.0, cache_modifier=".cg")
-        square = tl.load(at + 2, mask=k + lane < n, other=0.0, cache_modifier=".cg")
-        squares += tl.where(count > 0, square + count * (mean - center) * (mean - center), 0.0)
-    return total, tl.where(total > 0, center, 0.0), tl.sum(squares)
+# ---------------------------------------------------------------- whitening
 
 
 @triton.jit
@@ -590,43 +491,3 @@ def pair_loss(loss_type: tl.constexpr, chosen, rejected, beta, smoothing, margin
         dchosen = beta * (logistic(r_w) * logistic(-r_w) - won * lost)
         drejected = beta * won * lost
     return value, dchosen, drejected
-
-
-# ---------------------------------------------------------------- sequences, and sums over all programs
-
-
-@triton.jit
-def bounds_of(cu_seqlens, sequence, B):
-    """Where a sequence begins and ends; that beyond the last, of the one program of an empty batch, is empty."""
-    begin = tl.load(cu_seqlens + sequence, mask=sequence < B, other=0)
-    return begin, tl.load(cu_seqlens + sequence + 1, mask=sequence < B, other=0)
-
-
-@triton.jit
-def valid_of(mask, at, end):
-    valid = at < end
-    if mask is not None:
-        valid &= tl.load(mask + at, mask=valid, other=0) != 0
-    return valid
-
-
-@triton.jit
-def add_up(sums, partials, counter, loss, stats, STATS: tl.constexpr, BLOCK: tl.constexpr):
-    """The last program adds up the `sums` of all, (programs, len(sums)), in one order whichever it is. The last of them
-    are the stats; the first is the loss, where one is asked for."""
-    SUMS: tl.constexpr = len(sums)
-    ours = partials + tl.program_id(0).to(tl.int64) * SUMS
-    for i in tl.static_range(SUMS):
-        tl.store(ours + i, sums[i].to(tl.float64))
-    if is_last(counter, tl.num_programs(0)):
-        ROWS: tl.constexpr = BLOCK // 8
-        row, k = tl.arange(0, ROWS)[:, None], tl.arange(0, 16)
-        total = tl.zeros((ROWS, 16), tl.float64)
-        for first in range(0, tl.num_programs(0), ROWS):
-            at = (first + row).to(tl.int64) * SUMS + k[None, :]
-            inside = (first + row < tl.num_programs(0)) & (k[None, :] < SUMS)
-            total += tl.load(partials + at, mask=inside, other=0.0, cache_modifier=".cg")
-        result = tl.sum(total, 0)
-        if loss is not None:
-            tl.store(loss + k, result.to(loss.dtype.element_ty), mask=k == 0)
-        tl.store(stats + k - (SUMS - STATS), result, mask=(k >= SUMS - STATS) & (k < SUMS))

@@ -7,7 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rpp_kernels.backends.triton.launch import counter, kernel, launch
-from rpp_kernels.backends.triton.math import add_up, at_least, bounds_of, is_last, number, pair_loss, valid_of
+from rpp_kernels.backends.triton.math import at_least, number, pair_loss
+from rpp_kernels.backends.triton.sequences import bounds_of, valid_of
+from rpp_kernels.backends.triton.sums import add_up, is_last
 
 __all__ = ["copg_loss_fwd", "dpo_loss_fwd", "preference_loss_bwd"]
 
@@ -135,14 +137,12 @@ def copg_kernel(
     tl.store(log_ratios + 2 * sequence, sum_of_sequence)
     tl.store(log_ratios + 2 * sequence + 1, length)
     if is_last(finished, tl.num_programs(0)):
-        rate, others, none = (
-            number(beta, tl.float64),
-            number(group_size, tl.float64) - 1.0,
-            tl.zeros((BLOCK,), tl.float64),
-        )
+        GROUPS: tl.constexpr = BLOCK // 4
+        rate, others = number(beta, tl.float64), number(group_size, tl.float64) - 1.0
+        none = tl.zeros((GROUPS,), tl.float64)
         losses, sequences, rewards, all_h = none, none, none, none
-        for start in range(0, B // group_size, BLOCK):
-            group = start + tl.arange(0, BLOCK).to(tl.int64)
+        for start in range(0, B // group_size, GROUPS):
+            group = start + tl.arange(0, GROUPS).to(tl.int64)
             inside = group < B // group_size
             sum_h, sum_r, each = none, none, none
             for i in range(group_size):

@@ -5,8 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rpp_kernels.backends.triton.launch import kernel, launch
-from rpp_kernels.backends.triton.math import GAP_RESET, discount_of, number, scanned
-from rpp_kernels.backends.triton.sequences import inside_and_valid, sequence_of, tokens
+from rpp_kernels.backends.triton.math import number
+from rpp_kernels.backends.triton.sequences import GAP_RESET, discount_of, inside_and_valid, scanned, sequence_of, tokens
 
 __all__ = ["gae_bwd", "gae_fwd", "returns_bwd", "returns_fwd", "token_rewards_bwd", "token_rewards_fwd"]
 

@@ -6,7 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rpp_kernels.backends.triton.launch import counter, kernel, launch
-from rpp_kernels.backends.triton.math import add_up, at_least, bounds_of, number, rollout_weight, valid_of
+from rpp_kernels.backends.triton.math import at_least, number, rollout_weight
+from rpp_kernels.backends.triton.sequences import bounds_of, valid_of
+from rpp_kernels.backends.triton.sums import add_up
 
 __all__ = ["rollout_weights_fwd"]
 
