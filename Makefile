@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test test-slow test-triton parity bench lint format build clean
+.PHONY: help demo demo-real test test-slow test-triton parity bench aot lint format build clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -34,6 +34,9 @@ bench: $(VENV)/installed  ## CPU benchmarks, then the tables of docs/performance
 	$(BIN)/python benchmarks/run.py --case linear --rounds 5 --json benchmarks/results/linear.json
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/report.py
+
+aot: $(VENV)/installed  ## compile the Triton kernels for GPUs that are not here; what they need, into docs/triton.md
+	$(ONE_THREAD) $(BIN)/python benchmarks/aot.py
 
 lint: $(VENV)/installed  ## what pre-commit and CI check
 	$(BIN)/ruff check .

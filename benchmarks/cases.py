@@ -19,14 +19,14 @@ from rpp_kernels.testing import make_batch
 # ---------------------------------------------------------------- log-probs
 
 
-def _logits(dtype: torch.dtype, num_grads: int) -> Data:
-    batch = make_batch(1, 2048, vocab=32000)
+def _logits(dtype: torch.dtype, num_grads: int, rows: int, vocab: int, device: str) -> Data:
+    batch = make_batch(1, rows, vocab=vocab, device=device)
     logits = (2 * batch["logits"][0]).to(dtype)  # the spread of a trained model's: a few nats of entropy
     grads = (batch["advantages"][0], 0.01 * batch["rewards"][0])[:num_grads]
     return Data({"logits": logits, "target_ids": batch["target_ids"][0]}, ("logits",), grads)
 
 
-def _eager_logps_entropy(logits: Tensor, target_ids: Tensor) -> Outputs:
+def eager_logps_entropy(logits: Tensor, target_ids: Tensor) -> Outputs:
     all_logps = torch.log_softmax(logits.float(), -1)
     logps = all_logps.gather(-1, target_ids[:, None]).squeeze(-1)
     entropy = -(torch.softmax(logits.float(), -1) * all_logps).sum(-1)
@@ -46,14 +46,23 @@ def _our_logps(num_outputs: int) -> Loader:
     return lambda: lambda logits, target_ids: rpp.logps_from_logits(logits, target_ids)[:num_outputs]
 
 
-def _logps_case(name: str, dtype: torch.dtype, num_outputs: int, why: str, competitors: dict[str, Loader]) -> Case:
-    size = 2048 * 32000 * dtype.itemsize
+def logps_case(
+    name: str,
+    dtype: torch.dtype,
+    num_outputs: int,
+    why: str,
+    competitors: dict[str, Loader],
+    rows: int = 2048,
+    vocab: int = 32000,
+    device: str = "cpu",
+) -> Case:
+    size = rows * vocab * dtype.itemsize
     return Case(
         name=name,
         op="logps_from_logits: " + ("log-prob and entropy" if num_outputs == 2 else "log-prob alone"),
-        shape=f"logits 2048 x 32000 {str(dtype).removeprefix('torch.')}",
+        shape=f"logits {rows} x {vocab} {str(dtype).removeprefix('torch.')}",
         why=why,
-        data=lambda: _logits(dtype, num_outputs),
+        data=lambda: _logits(dtype, num_outputs, rows, vocab, device),
         spec=lambda **inputs: reference.logps_from_logits(**inputs)[:num_outputs],
         competitors={OURS: _our_logps(num_outputs), **competitors},
         floor=memory_floor(
@@ -233,17 +242,17 @@ def _eager_dpo_loss(logps: Tensor, ref_logps: Tensor, completion_mask: Tensor) -
 
 
 CASES = [
-    _logps_case(
+    logps_case(
         "logps_entropy_fp32",
         torch.float32,
         2,
         "the log-probs and the entropy of one micro-batch, from logits far larger than any cache",
         {
-            "eager": plain(_eager_logps_entropy),
-            "torch.compile": compiled(_eager_logps_entropy),
+            "eager": plain(eager_logps_entropy),
+            "torch.compile": compiled(eager_logps_entropy),
         },
     ),
-    _logps_case(
+    logps_case(
         "logps_fp32",
         torch.float32,
         1,
@@ -254,14 +263,14 @@ CASES = [
             "torch.compile, log_softmax + gather": compiled(_eager_logps),
         },
     ),
-    _logps_case(
+    logps_case(
         "logps_entropy_bf16",
         torch.bfloat16,
         2,
         "the same from bf16 logits, which eager code widens to float32 first",
         {
-            "eager": plain(_eager_logps_entropy),
-            "torch.compile": compiled(_eager_logps_entropy),
+            "eager": plain(eager_logps_entropy),
+            "torch.compile": compiled(eager_logps_entropy),
         },
     ),
     Case(

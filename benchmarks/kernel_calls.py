@@ -1,74 +1,82 @@
 """Every function of a backend in every variant that is another kernel, as one table of calls: what aot.py compiles.
 
-The sizes are small: they are known at run time and nothing is compiled for them. Arguments have the names and the order
-of csrc/registration.cpp.
+Arguments have the names and the order of csrc/registration.cpp. Sizes are known at run time: none has its own kernel.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 Variants = dict[str, tuple[Any, ...]]  # by what is different: the arguments of a function
-T, B, V = 64, 4, 256
 
 
-def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype)
+class Sizes(NamedTuple):
+    T: int = 64  # a multiple of B
+    B: int = 4
+    V: int = 256
+    device: str = "cpu"
+
+    def new(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Numbers from 1/2 to 3/2: values, weights and temperatures."""
+        return torch.rand(shape, device=self.device).add(0.5).to(dtype)
 
 
 def variants(base: dict[str, Any], *changes: dict[str, Any]) -> Variants:
     """The call with these arguments, in their order, and with each change."""
-    return {_label(change): tuple({**base, **change}.values()) for change in ({}, *changes)}
+    calls = {_label(change): tuple({**base, **change}.values()) for change in ({}, *changes)}
+    assert len(calls) == 1 + len(changes), "two calls of one name"
+    return calls
 
 
 def _label(change: dict[str, Any]) -> str:
     def said(name: str, value: Any) -> str:
         if value is None or value is False:
             return f"no {name}"
-        return name if isinstance(value, torch.Tensor) or value is True else f"{name} {value}"
+        if isinstance(value, torch.Tensor):
+            return f"{name} {value.dtype}".replace("torch.", "") if name == "dlogits" else name
+        return name if value is True else f"{name} {value}"
 
-    # What is known at run time only does not tell one variant from another.
-    return ", ".join(said(name, value) for name, value in change.items() if not isinstance(value, float))
+    return ", ".join(said(name, value) for name, value in change.items() if name not in ("beta", "entropy_coef"))
 
 
 def each(name: str, values: Iterable[Any]) -> list[dict[str, Any]]:
     return [{name: value} for value in values]
 
 
-def workload() -> Iterator[tuple[str, torch.dtype, Variants]]:
+def workload(sizes: Sizes = Sizes()) -> Iterator[tuple[str, torch.dtype, Variants]]:  # noqa: B008, it is a constant
     """Everything that is compiled: a function, the dtype it works in, its calls."""
     for dtype in (torch.float32, torch.float64):
         for table in (of_tokens, of_sequences, of_losses, of_chunks):
-            for name, calls in table(dtype).items():
+            for name, calls in table(dtype, sizes).items():
                 yield name, dtype, calls
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for name, calls in of_logits(dtype).items():
+        for name, calls in of_logits(dtype, sizes).items():
             yield name, dtype, calls
 
 
-def arguments(dtype: torch.dtype) -> SimpleNamespace:
+def arguments(dtype: torch.dtype, sizes: Sizes) -> SimpleNamespace:
     """t of tokens, b of sequences, and the others by their names."""
     return SimpleNamespace(
-        t=new(T, dtype=dtype),
-        b=new(B, dtype=dtype),
-        mask=new(T, dtype=torch.bool),
-        cu=torch.arange(0, T + 1, T // B),
-        moments=new(3, dtype=torch.float64),
-        ids=torch.zeros(T, dtype=torch.int64),
+        t=sizes.new(sizes.T, dtype=dtype),
+        b=sizes.new(sizes.B, dtype=dtype),
+        mask=sizes.new(sizes.T, dtype=torch.float32) > 0.7,
+        cu=torch.arange(0, sizes.T + 1, sizes.T // sizes.B, device=sizes.device),
+        moments=sizes.new(3, dtype=torch.float64),
+        ids=torch.arange(sizes.T, device=sizes.device),
     )
 
 
 NO_MASK = {"mask": None}
 
 
-def of_tokens(dtype: torch.dtype) -> dict[str, Variants]:
+def of_tokens(dtype: torch.dtype, sizes: Sizes) -> dict[str, Variants]:
     from rpp_kernels.ops.advantages import EPS_MODES
     from rpp_kernels.ops.kl import ESTIMATORS
 
-    x = arguments(dtype)
+    x = arguments(dtype, sizes)
     kl = {"logps": x.t, "ref_logps": x.t, "mask": x.mask, "estimator": 3, "log_ratio_clamp": 20.0, "kl_clamp": 1.0}
     estimators = each("estimator", ESTIMATORS.values())
     whiten = {
@@ -90,21 +98,21 @@ def of_tokens(dtype: torch.dtype) -> dict[str, Variants]:
     }
 
 
-def of_sequences(dtype: torch.dtype) -> dict[str, Variants]:
+def of_sequences(dtype: torch.dtype, sizes: Sizes) -> dict[str, Variants]:
     from rpp_kernels.ops.advantages import GAPS
     from rpp_kernels.ops.groups import BASELINES, STDS
     from rpp_kernels.ops.kl import ESTIMATORS
     from rpp_kernels.ops.rollout import LEVELS
 
-    x = arguments(dtype)
+    x = arguments(dtype, sizes)
     place = {"mask": x.mask, "cu_seqlens": x.cu}
     gaps = each("gap", GAPS.values())
     pipeline = dict(scores=x.b, old_logps=x.t, ref_logps=x.t, **place, beta=0.1, gamma=0.9)
     rollout = dict(old_logps=x.t, sampling_logps=x.t, **place, level=0, truncate=True, low=0.5, high=2.0, clamp=20.0)
-    lengths = new(B, dtype=torch.float64)
-    sizes = {
+    lengths = sizes.new(sizes.B, dtype=torch.float64)
+    options = {
         "group_size": 2,
-        "num_groups": 2,
+        "num_groups": sizes.B // 2,
         "baseline": 0,
         "std": 1,
         "unbiased": True,
@@ -113,7 +121,7 @@ def of_sequences(dtype: torch.dtype) -> dict[str, Variants]:
     }
     groups = {"scores": x.b, "group_index": None, "lengths": None}
     weighted = {"lengths": lengths, "baseline": BASELINES["length-weighted"]}
-    ids = {"group_index": torch.zeros(B, dtype=torch.int64), "group_size": 0, "num_groups": B}
+    ids = {"group_index": torch.arange(sizes.B, device=sizes.device) // 2, "group_size": 0, "num_groups": sizes.B}
     of_groups = [
         *each("std", STDS.values()),
         *({"baseline": BASELINES["leave-one-out"], "std": s} for s in STDS.values() if s),
@@ -138,22 +146,22 @@ def of_sequences(dtype: torch.dtype) -> dict[str, Variants]:
         ),
         "rollout_weights_fwd": variants(rollout, NO_MASK, {"truncate": False}, *each("level", LEVELS.values())),
         "group_advantages_fwd": variants(
-            groups | {"moments": None} | sizes, *of_groups, {"moments": x.moments, "std": STDS["batch"]}
+            groups | {"moments": None} | options, *of_groups, {"moments": x.moments, "std": STDS["batch"]}
         ),
-        "group_advantages_bwd": variants({"dadvantages": x.b} | groups | sizes, *of_groups),
+        "group_advantages_bwd": variants({"dadvantages": x.b} | groups | options, *of_groups),
     }
 
 
-def of_losses(dtype: torch.dtype) -> dict[str, Variants]:
+def of_losses(dtype: torch.dtype, sizes: Sizes) -> dict[str, Variants]:
     from rpp_kernels.ops.preference import LOSS_TYPES
 
-    x = arguments(dtype)
+    x = arguments(dtype, sizes)
     place = {"mask": x.mask, "cu_seqlens": x.cu}
     value = dict(values=x.t, old_values=x.t, returns=x.t, **place, epsilon=0.2, sequence_mean=False, per_token=False)
     pairs = dict(logps=x.t, ref_logps=x.t, **place, loss_type=0, beta=0.1, label_smoothing=0.0, margin=0.0)
     groups = dict(logps=x.t, ref_logps=x.t, scores=x.b, **place, group_size=2, beta=0.1, per_group=False)
     return {
-        "policy_loss_fwd": policy(dtype),
+        "policy_loss_fwd": policy(dtype, sizes),
         "value_loss_fwd": variants(value, NO_MASK, {"sequence_mean": True}, {"per_token": True}),
         "dpo_loss_fwd": variants(
             pairs | {"length_normalized": False, "per_pair": False},
@@ -164,16 +172,16 @@ def of_losses(dtype: torch.dtype) -> dict[str, Variants]:
             *each("loss_type", LOSS_TYPES.values()),
         ),
         "copg_loss_fwd": variants(groups, NO_MASK, {"per_group": True}),
-        "preference_loss_bwd": variants(dict(each=x.b, **place, num_tokens=T), NO_MASK),
+        "preference_loss_bwd": variants(dict(each=x.b, **place, num_tokens=sizes.T), NO_MASK),
     }
 
 
-def policy(dtype: torch.dtype) -> Variants:
+def policy(dtype: torch.dtype, sizes: Sizes) -> Variants:
     """Every surrogate and every level, alone and with all that can be added; each addition alone."""
     from rpp_kernels.ops.kl import ESTIMATORS
     from rpp_kernels.ops.policy_loss import LEVELS, SURROGATES, PolicyModes, PolicyNumbers
 
-    x = arguments(dtype)
+    x = arguments(dtype, sizes)
     numbers = PolicyNumbers(0.2, 0.2, math.inf, 0.0, 20.0, 0.0, math.inf, 0.0)
     k3 = ESTIMATORS["k3"]
     base = {
@@ -217,13 +225,13 @@ def policy(dtype: torch.dtype) -> Variants:
     )
 
 
-def of_chunks(dtype: torch.dtype) -> dict[str, Variants]:
+def of_chunks(dtype: torch.dtype, sizes: Sizes) -> dict[str, Variants]:
     """Logits of a chunk are float32 or float64; their gradient has the dtype of the operands."""
-    x = arguments(dtype)
+    x = arguments(dtype, sizes)
     head = {"target_ids": x.ids, "temperature": 0.7, "token_temperature": None, "softcap": 0.0}
     changes = [{"token_temperature": x.t}, {"softcap": 30.0}]
     statistics = {"entropy": x.t, "lse": x.t, "lse_rest": x.t, "dlogps": x.t, "dentropy": None, "dlse": None}
-    logits = new(T, V, dtype=dtype)
+    logits = sizes.new(sizes.T, sizes.V, dtype=dtype)
     half = [torch.bfloat16, torch.float16] if dtype == torch.float32 else []
     return {
         "chunk_logps_fwd": variants(dict(logits=logits, **head), *changes),
@@ -233,16 +241,17 @@ def of_chunks(dtype: torch.dtype) -> dict[str, Variants]:
             {"rows": x.ids},
             {"dentropy": x.t},
             {"dlogps": None, "dlse": x.t},
-            *({"dlogits": new(T, V, dtype=d), "dentropy": x.t, "dlse": x.t} for d in (dtype, *half)),
+            *({"dlogits": sizes.new(sizes.T, sizes.V, dtype=d), "dentropy": x.t, "dlse": x.t} for d in (dtype, *half)),
         ),
     }
 
 
-def of_logits(dtype: torch.dtype) -> dict[str, Variants]:
-    x = arguments(torch.float64 if dtype == torch.float64 else torch.float32)
-    logits, dlogits = new(T, V, dtype=dtype), new(T, V, dtype=dtype)
+def of_logits(dtype: torch.dtype, sizes: Sizes) -> dict[str, Variants]:
+    x = arguments(torch.float64 if dtype == torch.float64 else torch.float32, sizes)
+    logits, dlogits = (sizes.new(sizes.T, sizes.V, dtype=dtype) for _ in range(2))
+    view = sizes.new(sizes.B, sizes.T // sizes.B + 1, sizes.V, dtype=dtype)[:, :-1]
     rows = {"target_ids": x.ids, "mask": x.mask, "temperature": 0.7, "token_temperature": None}
-    changes = [NO_MASK, {"token_temperature": x.t}, {"logits": new(B, T // B + 1, V, dtype=dtype)[:, :-1]}]
+    changes = [NO_MASK, {"token_temperature": x.t}, {"logits": view}]
     statistics = {"entropy": x.t, "lse": x.t, "lse_rest": x.t, "dlogps": x.t, "dentropy": None, "dlse": None}
     return {
         "logps_fwd": variants(

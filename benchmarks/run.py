@@ -109,14 +109,14 @@ def measure(case: "Case", rounds: int | None) -> list[Row]:
     peaks = {name: peak_extra_mib(work) for name, work in works.items()}
     whole = case.phases[-1]
     rows = [
-        _row(case, name, phase, samples, *((peaks.get(name), errors.get(name)) if phase == whole else ()))
+        row_of(case, name, phase, samples, *((peaks.get(name), errors.get(name)) if phase == whole else ()))
         for phase in case.phases
         for name in samples
     ]
     return rows + [Row(case.name, name, phase, note) for name, note in notes.items() for phase in case.phases]
 
 
-def _row(
+def row_of(
     case: "Case",
     name: str,
     phase: str,
@@ -158,7 +158,7 @@ def machine(threads: int, command: str) -> dict[str, Any]:
         "capability": native.cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "command": command,
     }
 
@@ -173,7 +173,7 @@ def _cpu_model() -> str:
     return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
 
 
-def _commit() -> str:
+def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -96,21 +96,22 @@ def interleave(
     seconds: float = 10.0,
     at_least: int = 9,
     at_most: int = 100,
+    run: Callable[[Work], Sample] = run_once,
 ) -> dict[str, list[Sample]]:
     """Every work once in each round, in a rotated order; without `rounds` as many as fit into `seconds`."""
     names = list(works)
     for name in names:
-        run_once(works[name])  # warms caches and thread pools
+        run(works[name])  # warms caches and thread pools
     start = time.perf_counter()
     for name in names:
-        run_once(works[name])
+        run(works[name])
     if rounds is None:
         rounds = min(at_most, max(at_least, int(seconds / (time.perf_counter() - start))))
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     for i in range(rounds):
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(run_once(works[name]))
+            samples[name].append(run(works[name]))
     return samples
 
 

@@ -20,7 +20,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     variant."""
     hints = inspect.signature(function).parameters
     numbers = [name for name, hint in hints.items() if hint.annotation in (tl.int64, tl.float64)]
-    # Under a mask of any length no load is a vector: an aligned pointer would but spread the addresses of a warp.
+    # Loads under a mask are no vectors: for a pointer known to be aligned Triton would but spread a warp's addresses.
     pointers = [name for name, hint in hints.items() if hint.annotation is inspect.Parameter.empty]
     return triton.jit(do_not_specialize=numbers, do_not_specialize_on_alignment=pointers)(function)
 
