@@ -222,7 +222,7 @@ def linear_policy_loss(
         with torch.autocast(hidden_states.device.type, enabled=False):
             return reference.linear_policy_loss(old_logps=old_logps, advantages=advantages, **arguments, **policy)
     if modes.of_sequences and head.needs.frozen and entropy_coef == 0:
-        logps, entropy, _ = token_logps(head, shape, keep_bytes=0)
+        logps, entropy, *_ = token_logps(head, shape, keep_bytes=0)
         loss, named = policy_loss(logps, old_logps, advantages, completion_mask, **policy)
         return LinearPolicyLoss(loss, named, logps.detach(), entropy.detach())
     each = flat(advantages, dtype)
