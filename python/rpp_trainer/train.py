@@ -137,7 +137,7 @@ def update_policy(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch
     num_items = rpp.num_items_in_batch(batch.completion_mask, recipe.reduction)
     losses, stats = [], []
     for micro_batch in batch.split(config.micro_batch_size):
-        logps, entropy, _ = token_logps(policy.model, micro_batch, config)
+        logps, entropy, *_ = token_logps(policy.model, micro_batch, config)
         loss, micro_stats = recipe.loss(
             logps,
             micro_batch.old_logps,
