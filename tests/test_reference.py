@@ -957,7 +957,7 @@ def call_value_loss(x, mask, cu_seqlens, **options):
 
 OPS = {
     "logps_from_logits": lambda x, mask, _: reference.logps_from_logits(
-        x["logits"], x["target_ids"], mask, temperature=x["temperature"]
+        x["logits"], x["target_ids"], mask, temperature=x["temperature"], sum_squares=True
     ),
     "linear_logps": lambda x, mask, _: reference.linear_logps(
         x["hidden_states"], x["weight"], x["target_ids"], mask, bias=x["bias"], temperature=0.7
@@ -1009,7 +1009,7 @@ every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 
 
 def flat(result) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [x for part in result for x in flat(part)]
+    return [result] if isinstance(result, Tensor) else [x for part in result if part is not None for x in flat(part)]
 
 
 def evaluate(op, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
