@@ -265,7 +265,7 @@ class Model(torch.nn.Module):
     def loss(self, hidden, t):
         t, bias = t | {"hidden_states": hidden, "weight": self.lm_head.weight}, self.lm_head.bias
         if self.function == "logps":
-            logps, entropy, _ = call_logps(rpp, t, bias=bias)
+            logps, entropy, *_ = call_logps(rpp, t, bias=bias)
             return rpp.policy_loss(logps, t["old_logps"], t["advantages"], t["completion_mask"]).loss + entropy.mean()
         return calls[self.function](rpp, t, bias=bias).loss
 
