@@ -145,7 +145,8 @@ Measured = tuple[list[Row], list[str]]  # and what failed
 def measure(arch: str, functions: Iterable[str], dtypes: Iterable[torch.dtype], only: Wanted | None = None) -> Measured:
     """A row for each variant of each kernel that these functions launch, or for those of `only`; and what failed."""
     rows: list[Row] = []
-    failures, seen = [], set()
+    failures: dict[str, list[str]] = {}  # by what is wrong
+    seen = set()
     available, functions, dtypes = kernels(), set(functions), set(dtypes)
 
     def call(name: str, variant: str, dtype: torch.dtype, values: tuple[Any, ...]) -> None:
@@ -155,8 +156,8 @@ def measure(arch: str, functions: Iterable[str], dtypes: Iterable[torch.dtype], 
             try:
                 compiled = kernel.warmup(*arguments, grid=(programs,), **options)
             except Exception as error:  # of whatever kind: the next variant may compile
-                why = str(error).strip().splitlines()[-3:]
-                failures.append("\n".join([f"{kernel.__name__} ({variant}, {_name(dtype)}, {arch}) fails:", *why]))
+                why = "\n".join([f"{kernel.__name__} fails for {arch}:", *str(error).strip().splitlines()[-3:]])
+                failures.setdefault(why, []).append(f"({variant}, {_name(dtype)})")
                 return
             if (kernel.__name__, compiled.hash) not in seen:
                 seen.add((kernel.__name__, compiled.hash))
@@ -173,7 +174,7 @@ def measure(arch: str, functions: Iterable[str], dtypes: Iterable[torch.dtype], 
                     variant = f"{name} {change}".strip()
                     if only is None or variant in called:
                         call(name, variant, dtype, values)
-    return rows, failures
+    return rows, [f"{why}\nin {len(where)} variants, as {where[0]}" for why, where in failures.items()]
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -2,7 +2,8 @@
 
     build      the package, without network, into the Python that has torch
     tests      the tests of the ops on this GPU
-    bench      DIR/gpu.json: the kernels beside eager code, torch.compile and a plain copy of as many bytes
+    bench      the kernels beside eager code, torch.compile and a plain copy of as many bytes: DIR/gpu.json, to be
+               committed as benchmarks/results/gpu.json
     calls      one call of every kernel, as kernel_calls.py lists them: compiles what the next two run
     memcheck   the same under compute-sanitizer: no access outside of a tensor
     racecheck  the same: no two threads at one place of shared memory
@@ -281,7 +282,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu", metavar="DIR")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", metavar="DIR")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all stages together")
     parser.add_argument("--stage", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--commit", default=os.environ.get("RPP_KERNELS_COMMIT", ""), help="where there is no .git")
