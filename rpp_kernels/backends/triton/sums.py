@@ -8,8 +8,8 @@ from rpp_kernels.backends.triton.math import at_least
 
 @triton.jit
 def is_last(arrived, count):
-    """Whether this program is the last of `count` to ask, with what the others stored before they asked in sight: read it
-    with cache_modifier=".cg", past the cache of this multiprocessor. It has to be scalars, stored by the thread that
+    """Whether this program is the last of `count` to ask, with what the others stored before they asked in sight: read
+    it with cache_modifier=".cg", past the cache of this multiprocessor. It has to be scalars, stored by the thread that
     counts: a barrier of AMD does not wait for the stores of other threads."""
     tl.debug_barrier()
     return tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1
