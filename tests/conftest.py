@@ -35,12 +35,12 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Of the interpreted cases of each test every eighth is among the others; `make test-triton` runs the rest, and all
-    of those that ask for a world, which runs whole."""
+    """Of the interpreted cases of each test the first and every 32nd behind it are among the others; `make test-triton`
+    runs the rest, and all of those that ask for a world, which runs whole."""
     interpreted = [x for x in items if hasattr(x, "callspec") and x.callspec.params.get("run") == ("triton", "cpu")]
     for _, cases in itertools.groupby(interpreted, lambda x: x.function):
         for i, case in enumerate(cases):
-            if i % 8 or {"worlds", "ranks"} & set(case.fixturenames):
+            if i % 32 or {"worlds", "ranks"} & set(case.fixturenames):
                 case.add_marker(pytest.mark.interpreted)
 
 
