@@ -132,7 +132,7 @@ import sys, pytest, torch, rpp_kernels
 print(torch.ops.rpp_kernels_C.cpu_capability(), flush=True)
 files = [f"tests/ops/test_{name}.py" for name in ("logps", "chunks", "every_op", "exponential", "advantages")]
 of_ops = "packed and gradient_are_those_of_the_spec or long_sequences or far_from_0 or mask_of_ones"
-wanted = f"not reference and (width_of_row or left_out_have_no_column or two_ulp_at_the_edges or {of_ops})"
+wanted = f"native and (width_of_row or left_out_have_no_column or two_ulp_at_the_edges or {of_ops})"
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", "-k", wanted, *files]))
 """
 
