@@ -23,8 +23,9 @@ test: $(VENV)/installed  ## the tests, under ten minutes
 test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, the wheel, aarch64
 	$(BIN)/python -m pytest -m slow
 
-test-triton: $(VENV)/installed  ## the rest of the Triton kernels' tests, in Triton's interpreter: about twenty minutes
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "interpreted and not slow" -n auto --maxprocesses 8
+SHARE := 1
+test-triton: $(VENV)/installed  ## the rest of the Triton kernels' tests, interpreted: most of an hour; SHARE=4 runs a quarter
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "interpreted and not slow" -n auto --maxprocesses 8 --share $(SHARE)
 
 parity: $(VENV)/installed-parity  ## our losses and advantages against those of TRL, verl, OpenRLHF and Liger
 	$(ONE_THREAD) RPP_KERNELS_REQUIRE_HOSTS=1 $(BIN)/python -m pytest tests/parity

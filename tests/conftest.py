@@ -34,7 +34,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("run", runs, ids=map("-".join, runs), indirect=True)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--share", type=int, default=1, help="of the cases marked interpreted only one in so many")
+
+
+def pytest_collection_modifyitems(items, config):
     """Of the interpreted cases of each test the first and every 32nd behind it are among the others; `make test-triton`
     runs the rest, and all of those that ask for a world, which runs whole."""
     interpreted = [x for x in items if hasattr(x, "callspec") and x.callspec.params.get("run") == ("triton", "cpu")]
@@ -42,6 +46,10 @@ def pytest_collection_modifyitems(items):
         for i, case in enumerate(cases):
             if i % 32 or {"worlds", "ranks"} & set(case.fixturenames):
                 case.add_marker(pytest.mark.interpreted)
+    rest = [x for x in interpreted if x.get_closest_marker("interpreted")]
+    left_out = {x for i, x in enumerate(rest) if i % config.option.share}
+    items[:] = [x for x in items if x not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_configure(config):
