@@ -39,12 +39,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items, config):
-    """Of the interpreted cases of each test the first and every 32nd behind it are among the others; `make test-triton`
+    """Of the interpreted cases of each test the first and every 64th behind it are among the others; `make test-triton`
     runs the rest, and all of those that ask for a world, which runs whole."""
     interpreted = [x for x in items if hasattr(x, "callspec") and x.callspec.params.get("run") == ("triton", "cpu")]
     for _, cases in itertools.groupby(interpreted, lambda x: x.function):
         for i, case in enumerate(cases):
-            if i % 32 or {"worlds", "ranks"} & set(case.fixturenames):
+            if i % 64 or {"worlds", "ranks"} & set(case.fixturenames):
                 case.add_marker(pytest.mark.interpreted)
     rest = [x for x in interpreted if x.get_closest_marker("interpreted")]
     left_out = {x for i, x in enumerate(rest) if i % config.option.share}

@@ -69,8 +69,10 @@ WALKING = ("returns", "gae", "reinforce_pp")
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", CALLS)
-def test_value_and_gradient_of_long_sequences_are_those_of_the_spec(name, device):
+def test_value_and_gradient_of_long_sequences_are_those_of_the_spec(name, run, device):
     lengths = (1030, 1, 0, 33) if name.startswith(WALKING) else (4500, 1, 0, 1025, 4099, 33)
+    if run == ("triton", "cpu"):  # an interpreter is slow; of several blocks all the same
+        lengths = (1, 0, 33) if "logps_from" in name else (600, 1, 0, 33)
     batch, call = long_batch(*lengths, device=device), CALLS[name]
     assert_close_to_reference(call.on(batch), batch.tensors, call.differentiable)
 
@@ -321,7 +323,7 @@ def test_nothing_is_recorded_where_nothing_requires_grad(call, backend, device):
 def test_two_threads_give_the_bits_of_one(call, run, device):
     lengths = 4500, 1, 0, 1025, 30000, 33, 20000  # parts of 32768 tokens go to a thread
     if run == ("triton", "cpu"):  # an interpreter has but one, and is slow
-        lengths = 1, 0, 1025, 33
+        lengths = 1, 0, 33
     batch = long_batch(*lengths, device=device)
     before = torch.get_num_threads()
     results = []

