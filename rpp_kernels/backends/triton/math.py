@@ -62,14 +62,15 @@ def clamp(x, low, high):
 
 @triton.jit
 def exponential(x):
-    """exp(x) = 2^n exp(f), n the integer nearest to x / ln 2: the rounding of x / ln 2 as a whole would cost |x| units in
-    the last place of the result. Beyond 127.5 ln 2 it is infinite."""
+    """exp(x) = 2^n exp(f), n the integer nearest to x / ln 2: rounded as a whole, x / ln 2 would cost |x| units in the
+    last place. Below the smallest normal number it stays there, beyond 127.5 ln 2 it is infinite."""
     if x.dtype == tl.float32:
-        within = clamp(x, -100.0, 88.37626)
+        within = clamp(x, -87.33654, 88.37626)
         n = tl.floor(within * LOG2_E + 0.5)
         f = (within - n * LN_2_HIGH) - n * LN_2_LOW  # the first difference is exact
-        out = tl.exp2(f * LOG2_E) * tl.exp2(n)
-        out = tl.where(x > 88.37626, float("inf"), out)
+        scale = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        out = tl.where(x > 88.37626, float("inf"), tl.exp2(f * LOG2_E) * scale)
+        out = tl.where(x == x, out, x)
     else:
         out = tl.exp(x)
     return out
