@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpp_kernels.backends.triton.tuning import config_of
+from rpp_kernels.backends.triton import tuning
+
+# What a thread of NVIDIA can have. Not told of it, its assembler spills a few bytes rather than take a step more.
+MOST_REGISTERS = 255
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -30,9 +33,12 @@ def launch(kernel: Any, programs: int, *arguments: Any, like: Tensor, **constant
     the dtype of `like` in tuning.py. Nothing is launched for no programs."""
     if programs == 0:
         return
-    config = config_of(kernel.__name__, like)
+    config = tuning.config_of(kernel.__name__, like)
+    options = {**constants, "BLOCK": config.block, "num_warps": config.warps}
+    if tuning.architecture(like.device).startswith("sm_"):
+        options["maxnreg"] = MOST_REGISTERS
     with on_device(like):
-        run(kernel, programs, arguments, {**constants, "BLOCK": config.block, "num_warps": config.warps})
+        run(kernel, programs, arguments, options)
 
 
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -49,7 +55,7 @@ def on_device(like: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def block_of(kernel: Any, like: Tensor) -> int:
     """How many elements a program of this kernel takes at a time."""
-    return config_of(kernel.__name__, like).block
+    return tuning.config_of(kernel.__name__, like).block
 
 
 def blocks(kernel: Any, like: Tensor) -> int:
