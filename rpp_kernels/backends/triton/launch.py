@@ -12,9 +12,6 @@ from torch import Tensor
 
 from rpp_kernels.backends.triton import tuning
 
-# What a thread of NVIDIA can have. Not told of it, its assembler spills a few bytes rather than take a step more.
-MOST_REGISTERS = 255
-
 
 def kernel(function: Callable[..., Any]) -> Any:
     """triton.jit of a function whose `tl.int64` and `tl.float64` parameters are numbers known at run time: nothing is
@@ -35,8 +32,8 @@ def launch(kernel: Any, programs: int, *arguments: Any, like: Tensor, **constant
         return
     config = tuning.config_of(kernel.__name__, like)
     options = {**constants, "BLOCK": config.block, "num_warps": config.warps}
-    if tuning.architecture(like.device).startswith("sm_"):
-        options["maxnreg"] = MOST_REGISTERS
+    if config.registers and tuning.architecture(like.device).startswith("sm_"):
+        options["maxnreg"] = config.registers
     with on_device(like):
         run(kernel, programs, arguments, options)
 

@@ -16,6 +16,9 @@ class Config(NamedTuple):
     block: int
     warps: int
     source: str
+    # That a thread of NVIDIA may have, for kernels of which its assembler would else spill a few bytes rather than take
+    # a step more. To others it would give twice as many as they need, and half of the programs.
+    registers: int | None = None
 
 
 MODELLED = "modelled: enough bytes in flight for the memory of an H100 at 4 to 8 programs on each multiprocessor"
@@ -56,17 +59,17 @@ TABLE: dict[tuple[str, torch.dtype | None, str | None], Config] = {
     ("whiten_sums_kernel", ANY, "interpreter"): Config(1024, 4, INTERPRETER),
     ("whiten_bwd_kernel", ANY, ANY): Config(1024, 4, MODELLED),
     ("whiten_bwd_kernel", ANY, "interpreter"): Config(1024, 4, INTERPRETER),
-    ("group_advantages_kernel", ANY, ANY): Config(16, 4, PAIRS),
+    ("group_advantages_kernel", ANY, ANY): Config(16, 4, PAIRS, 255),
     ("group_advantages_kernel", ANY, "interpreter"): Config(16, 4, INTERPRETER),
-    ("group_gradient_kernel", ANY, ANY): Config(16, 4, PAIRS),
+    ("group_gradient_kernel", ANY, ANY): Config(16, 4, PAIRS, 255),
     ("group_gradient_kernel", ANY, "interpreter"): Config(16, 4, INTERPRETER),
-    ("policy_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("policy_kernel", ANY, ANY): Config(1024, 8, MODELLED, 255),
     ("policy_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
     ("value_kernel", ANY, ANY): Config(1024, 8, MODELLED),
     ("value_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
-    ("rollout_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("rollout_kernel", ANY, ANY): Config(1024, 8, MODELLED, 255),
     ("rollout_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
-    ("dpo_kernel", ANY, ANY): Config(1024, 8, MODELLED),
+    ("dpo_kernel", ANY, ANY): Config(1024, 8, MODELLED, 255),
     ("dpo_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
     ("copg_kernel", ANY, ANY): Config(1024, 8, MODELLED),
     ("copg_kernel", ANY, "interpreter"): Config(256, 4, INTERPRETER),
