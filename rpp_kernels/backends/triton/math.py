@@ -348,11 +348,13 @@ def cispo_surrogate(logp, advantage, ratio, epsilon_low, epsilon_high):
 def sapo_surrogate(advantage, ratio, tau_positive, tau_negative):
     tau = tl.where(advantage > 0.0, tau_positive, tau_negative)
     x = tau * (ratio - 1.0)
-    e = exponential(tl.where(x > 0.0, -x, x))
+    below = tl.where(x > 0.0, -x, x)
+    e = exponential(below)
     larger = 1.0 / (1.0 + e)
     sigmoid = tl.where(x < 0.0, e * larger, larger)
     slope = -4.0 * advantage * ratio * (e * larger * larger)
-    return -4.0 * advantage / tau * sigmoid, tl.where(e == 0.0, 0.0, slope)  # where the ratio may be infinite
+    nothing = below < lowest_power(ratio.dtype) * LN_2  # and the ratio may be infinite
+    return -4.0 * advantage / tau * sigmoid, tl.where(nothing, 0.0, slope)
 
 
 @triton.jit
