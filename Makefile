@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread where tensors are small: on busy cores torch's waiting threads spin and slow each other down a hundredfold.
 ONE_THREAD := OMP_NUM_THREADS=1
+IN_PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-real test test-slow test-triton parity bench aot lint format build clean
@@ -18,14 +19,14 @@ demo-real: $(VENV)/installed-real  ## a few steps of SmolLM2-135M on reasoning-g
 	$(BIN)/rpp-train --config smollm2
 
 test: $(VENV)/installed  ## the tests, under ten minutes
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not interpreted" -n auto --maxprocesses 8
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not interpreted" $(IN_PARALLEL)
 
 test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, the wheel, aarch64
 	$(BIN)/python -m pytest -m slow
 
 SHARE := 1
 test-triton: $(VENV)/installed  ## the rest of the Triton kernels' tests, interpreted: most of an hour; SHARE=4 runs a quarter
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "interpreted and not slow" -n auto --maxprocesses 8 --share $(SHARE)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "interpreted and not slow" $(IN_PARALLEL) --share $(SHARE)
 
 parity: $(VENV)/installed-parity  ## our losses and advantages against those of TRL, verl, OpenRLHF and Liger
 	$(ONE_THREAD) RPP_KERNELS_REQUIRE_HOSTS=1 $(BIN)/python -m pytest tests/parity

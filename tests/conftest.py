@@ -38,13 +38,21 @@ def pytest_addoption(parser):
     parser.addoption("--share", type=int, default=1, help="of the cases marked interpreted only one in so many")
 
 
+def _of_a_world(item) -> bool:
+    return bool({"worlds", "ranks"} & set(getattr(item, "fixturenames", ())))
+
+
 def pytest_collection_modifyitems(items, config):
     """Of the interpreted cases of each test the first and every 64th behind it are among the others; `make test-triton`
-    runs the rest, and all of those that ask for a world, which runs whole."""
+    runs the rest, and all of those that ask for a world, which runs whole. One worker has all worlds: each would start
+    its own."""
+    for item in items:
+        if _of_a_world(item):
+            item.add_marker(pytest.mark.xdist_group("worlds"))
     interpreted = [x for x in items if hasattr(x, "callspec") and x.callspec.params.get("run") == ("triton", "cpu")]
     for _, cases in itertools.groupby(interpreted, lambda x: x.function):
         for i, case in enumerate(cases):
-            if i % 64 or {"worlds", "ranks"} & set(case.fixturenames):
+            if i % 64 or _of_a_world(case):
                 case.add_marker(pytest.mark.interpreted)
     rest = [x for x in interpreted if x.get_closest_marker("interpreted")]
     left_out = {x for i, x in enumerate(rest) if i % config.option.share}
@@ -53,6 +61,7 @@ def pytest_collection_modifyitems(items, config):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "xdist_group: of pytest-xdist, without which the tests run too")
     config.addinivalue_line(
         "markers", "kernels: not for the reference, of which it holds by definition or by test_reference.py"
     )
