@@ -220,6 +220,7 @@ def data_parallel(t: dict[str, torch.Tensor], reduction: str, group: Any) -> lis
 def _cases(backend: str, world: int, rank: int, at: Any) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for size, split in ((n, split) for n in RANKS for split in SPLITS[n]):
+        dist.barrier()  # a rank that has no part in a split waits here, for as long as the others need
         group = dist.new_group(RANKS[size], timeout=HANG)  # a case that breaks its group breaks no other split
         if rank not in RANKS[size]:
             continue

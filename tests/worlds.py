@@ -18,7 +18,7 @@ needs_gloo = pytest.mark.skipif(
 )
 
 # A collective that nobody joins; a world, in seconds.
-HANG, LIMITS = timedelta(seconds=120), {"native": 180, "reference": 180, "triton": 1200}
+HANG, LIMITS = timedelta(seconds=60), {"native": 180, "reference": 180, "triton": 1200}
 
 
 def attempt(function: Callable[[], Any]) -> Any:
