@@ -36,6 +36,14 @@ struct Exponential {
   Mask<F> small;  // n == 0
 };
 
+// q[i] + q[i + 1] f + ...
+template <int i, class F>
+RPP_HD F exponential_series(F f) {
+  using C = ExpConstants<typename Traits<F>::Element>;
+  if constexpr (i == C::degree) return num<F>(C::q[i]);
+  else return exponential_series<i + 1>(f) * f + num<F>(C::q[i]);
+}
+
 template <class F>
 RPP_HD Exponential<F> reduce_exponent(F x) {
   using C = ExpConstants<typename Traits<F>::Element>;
@@ -43,10 +51,7 @@ RPP_HD Exponential<F> reduce_exponent(F x) {
   const F n = shifted - num<F>(C::round_magic);
   F f = x - n * num<F>(C::ln2_high);  // exact even without FMA: ln2_high has few bits
   f = f - n * num<F>(C::ln2_low);
-  F p = num<F>(C::q[C::degree]);
-#pragma GCC unroll 12
-  for (int i = C::degree - 1; i >= 0; --i) p = p * f + num<F>(C::q[i]);
-  return {f, p * f * f, power_of_two(shifted), n == F{}};
+  return {f, exponential_series<0>(f) * f * f, power_of_two(shifted), n == F{}};
 }
 
 template <class F>

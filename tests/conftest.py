@@ -10,6 +10,8 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:  # Triton's kernels are then interpreted, which they must know before they are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated  # noqa: E402
+
 from rpp_kernels import backends  # noqa: E402
 from rpp_kernels.backends import triton  # noqa: E402
 
@@ -18,11 +20,14 @@ if triton.INTERPRETED and not triton.PROBLEM:
 
     interpreter.prepare()
 
+backends.BACKENDS["emulated"] = backends.Backend(emulated.kernels, emulated.why_not)
+
 # Another backend, or another device for one that is there, is one more line.
 RUNS = (
     ("native", "cpu"),
     ("reference", "cpu"),
     ("triton", "cuda" if ON_GPU else "cpu"),
+    ("native", "cuda") if ON_GPU else ("emulated", "cpu"),
 )
 
 

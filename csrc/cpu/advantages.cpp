@@ -9,7 +9,7 @@
 #define RPP_KERNELS "cpu/kernels/advantages.h"
 #include "cpu/for_each_isa.h"
 
-namespace rpp {
+namespace rpp::cpu {
 namespace {
 
 Moments merged(const std::vector<Moments>& parts) {
@@ -137,4 +137,4 @@ std::tuple<Tensor, Tensor> reinforce_pp_fwd(Tensor scores, Tensor old_logps, May
   });
 }
 
-}  // namespace rpp
+}  // namespace rpp::cpu

@@ -10,7 +10,7 @@
 #define RPP_KERNELS "cpu/kernels/chunks.h"
 #include "cpu/for_each_isa.h"
 
-namespace rpp {
+namespace rpp::cpu {
 namespace {
 
 int64_t with_room(int64_t tokens) { return (tokens + kChunkRoom - 1) / kChunkRoom * kChunkRoom; }
@@ -136,4 +136,4 @@ void chunk_logps_bwd_out(Tensor dlogits, Tensor logits, MaybeTensor rows, Tensor
   });
 }
 
-}  // namespace rpp
+}  // namespace rpp::cpu

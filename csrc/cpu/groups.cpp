@@ -7,7 +7,7 @@
 #include "cpu/moments.h"
 #include "ops.h"
 
-namespace rpp {
+namespace rpp::cpu {
 namespace {
 
 enum class Baseline : int64_t { mean = 0, leave_one_out = 1, length_weighted = 2 };
@@ -180,4 +180,4 @@ Tensor group_advantages_bwd(Tensor dadvantages, Tensor scores, MaybeTensor group
   });
 }
 
-}  // namespace rpp
+}  // namespace rpp::cpu

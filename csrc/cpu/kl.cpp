@@ -8,7 +8,7 @@
 #define RPP_KERNELS "cpu/kernels/kl.h"
 #include "cpu/for_each_isa.h"
 
-namespace rpp {
+namespace rpp::cpu {
 namespace {
 
 Tensor kl(const MaybeTensor& dkl, const Tensor& logps, const Tensor& ref_logps, const MaybeTensor& mask,
@@ -41,4 +41,4 @@ Tensor kl_bwd(Tensor dkl, Tensor logps, Tensor ref_logps, MaybeTensor mask, int6
   return kl(dkl, logps, ref_logps, mask, estimator, log_ratio_clamp, kl_clamp);
 }
 
-}  // namespace rpp
+}  // namespace rpp::cpu

@@ -26,7 +26,7 @@ inline void from_compute(float x, bf16& out) {
 #define RPP_KERNELS "cpu/kernels/logps.h"
 #include "cpu/for_each_isa.h"
 
-namespace rpp {
+namespace rpp::cpu {
 namespace {
 
 template <class S>
@@ -128,4 +128,4 @@ void logps_bwd_out(Tensor dlogits, Tensor logits, Tensor target_ids, MaybeTensor
   });
 }
 
-}  // namespace rpp
+}  // namespace rpp::cpu

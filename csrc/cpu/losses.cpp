@@ -11,7 +11,7 @@
 #define RPP_KERNELS "cpu/kernels/losses.h"
 #include "cpu/for_each_isa.h"
 
-namespace rpp {
+namespace rpp::cpu {
 namespace {
 
 // Runs a fused loss: `set` fills in the arguments of its own, `kernel(begin, end)` walks the sequences.
@@ -93,4 +93,4 @@ std::tuple<Tensor, Tensor, Tensor> value_loss_fwd(Tensor values, Tensor old_valu
   });
 }
 
-}  // namespace rpp
+}  // namespace rpp::cpu

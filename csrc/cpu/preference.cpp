@@ -9,7 +9,7 @@
 #define RPP_KERNELS "cpu/kernels/preference.h"
 #include "cpu/for_each_isa.h"
 
-namespace rpp {
+namespace rpp::cpu {
 namespace {
 
 // Fills in the arguments that all losses share and adds up what `kernel(begin, end)` finds in its groups.
@@ -89,4 +89,4 @@ Tensor preference_loss_bwd(Tensor each, MaybeTensor mask, Tensor cu_seqlens, int
   });
 }
 
-}  // namespace rpp
+}  // namespace rpp::cpu

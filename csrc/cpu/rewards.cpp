@@ -8,7 +8,7 @@
 #include "cpu/scan.h"
 #include "ops.h"
 
-namespace rpp {
+namespace rpp::cpu {
 namespace {
 
 // valid ? x : 0 without a branch, which a mask with holes would mispredict. By bits: a masked NaN must not survive.
@@ -173,4 +173,4 @@ std::tuple<Tensor, Tensor> gae_bwd(Tensor dadvantages, Tensor dreturns, MaybeTen
   });
 }
 
-}  // namespace rpp
+}  // namespace rpp::cpu

@@ -10,7 +10,7 @@
 #define RPP_KERNELS "cpu/kernels/rollout.h"
 #include "cpu/for_each_isa.h"
 
-namespace rpp {
+namespace rpp::cpu {
 
 std::tuple<Tensor, Tensor> rollout_weights_fwd(Tensor old_logps, Tensor sampling_logps, MaybeTensor mask,
                                                Tensor cu_seqlens, int64_t level, bool truncate, double low, double high,
@@ -39,4 +39,4 @@ std::tuple<Tensor, Tensor> rollout_weights_fwd(Tensor old_logps, Tensor sampling
   });
 }
 
-}  // namespace rpp
+}  // namespace rpp::cpu

@@ -6,16 +6,26 @@ autograd with it.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from rpp_kernels.backends import native, triton
 
-NAMES = ("native", "triton", "reference")
+
+class Backend(NamedTuple):
+    kernels: Callable[[], Any]  # its functions, by name
+    why_not: Callable[[str], str | None]  # of a device type: why it cannot serve it, with what to do about it
+
+
+BACKENDS = {
+    "native": Backend(native.kernels, native.why_not),
+    "triton": Backend(triton.kernels, triton.why_not),
+}
+NAMES = (*BACKENDS, "reference")
 
 # For each device type the backends that may serve it, best first. The reference serves where none of them works.
 _PREFERENCE = {"cpu": ("native",), "cuda": ("triton",), "xpu": ("triton",)}
@@ -24,7 +34,7 @@ _VARIABLE = "RPP_KERNELS_BACKEND"
 
 
 def _checked(name: str, source: str) -> str:
-    if name not in NAMES:
+    if name not in BACKENDS and name != "reference":
         raise ValueError(f"{source}: unknown backend {name!r}, want one of {', '.join(NAMES)}")
     return name
 
@@ -65,11 +75,9 @@ def backend_of(x: Tensor) -> str:
 
 def why_not(name: str, device: str) -> str | None:
     """Why a backend cannot serve a device type, with what to do about it; None where it can."""
-    if name == "native":
-        return native.PROBLEM if device == "cpu" else f"it has no kernels for {device} tensors"
-    return triton.why_not(device) if name == "triton" else None
+    return BACKENDS[name].why_not(device) if name in BACKENDS else None
 
 
 def kernels(name: str) -> Any:
     """The kernels of a backend that `backend_of` has chosen."""
-    return native.kernels if name == "native" else triton.kernels()
+    return BACKENDS[name].kernels()
