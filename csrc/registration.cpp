@@ -1,5 +1,5 @@
-// The kernels of torch.ops.rpp_kernels_C, and the module whose import registers them. Autograd and fake kernels belong to
-// the ops above these (rpp_kernels/ops).
+// The kernels of torch.ops.rpp_kernels_C, and the module whose import registers them. Autograd and fake kernels belong
+// to the ops above these (rpp_kernels/ops).
 #include <Python.h>
 
 #include <string>
@@ -29,16 +29,16 @@ STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CompositeExplicitAutograd, m) {
   m.impl("cuda_architectures", TORCH_BOX(&rpp::cuda_architectures));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CPU, m){
 #define RPP_IMPLEMENT(op) RPP_IMPLEMENT_ONE(cpu, op)
-  RPP_OPS(RPP_IMPLEMENT)
+    RPP_OPS(RPP_IMPLEMENT)
 #undef RPP_IMPLEMENT
 }
 
 #if defined(RPP_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(rpp_kernels_C, CUDA, m){
 #define RPP_IMPLEMENT(op) RPP_IMPLEMENT_ONE(cuda, op)
-  RPP_OPS(RPP_IMPLEMENT)
+    RPP_OPS(RPP_IMPLEMENT) RPP_CUDA_OPS(RPP_IMPLEMENT)
 #undef RPP_IMPLEMENT
 }
 #endif

@@ -21,6 +21,12 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       " Tensor? token_temperature, float softcap, Tensor entropy, Tensor lse, Tensor lse_rest, Tensor? dlogps,"
       " Tensor? dentropy, Tensor? dlse) -> ()");
   m.def(
+      "chunk_policy_out(Tensor(a!) dlogits, Tensor logits, Tensor target_ids, Tensor? mask, float temperature,"
+      " Tensor? token_temperature, float softcap, Tensor? old_logps, Tensor advantages, Tensor? weights,"
+      " Tensor? ref_logps, Tensor scale, float option_0, float option_1, float option_2, float option_3,"
+      " float log_ratio_clamp, float beta, float kl_clamp, float entropy_coef, int surrogate, int kl_estimator,"
+      " int kl_gradient, bool kl_bias_correction) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "kl_fwd(Tensor logps, Tensor ref_logps, Tensor? mask, int estimator, float log_ratio_clamp, float kl_clamp)"
       " -> Tensor");
   m.def(

@@ -1,5 +1,5 @@
-// What a kernel asks of the GPU beyond CUDA's own names, and how the host starts one. Here alone is hardware named: with
-// RPP_EMULATED the same kernels run on a CPU (tests/cuda/emulator.h), which is how they are tested without a GPU.
+// What a kernel asks of the GPU beyond CUDA's own names, and how the host starts one. Here alone is hardware named:
+// with RPP_EMULATED the same kernels run on a CPU (tests/cuda/emulator.h), which is how they are tested without a GPU.
 #pragma once
 
 #include <limits>
@@ -8,6 +8,7 @@
 #include "emulator.h"
 #else
 #include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #endif
@@ -68,6 +69,36 @@ __device__ __forceinline__ void store_16_bytes(void* p, Bytes16 x) {
   std::memcpy(p, &x, sizeof x);
 #else
   __stcs(static_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
+#endif
+}
+
+// ---- copies into shared memory that go on while the thread does
+
+__device__ __forceinline__ void copy_16_bytes(void* shared, const void* p) {
+#if defined(RPP_EMULATED)
+  if (!begins_16_bytes(p) || !begins_16_bytes(shared)) emulator::fail("a copy of 16 bytes that is not aligned");
+  emulator::copy_later(shared, p, 16);
+#else
+  __pipeline_memcpy_async(shared, p, 16);
+#endif
+}
+
+// Those of this thread since its last call are a group, that may be empty.
+__device__ __forceinline__ void end_of_group() {
+#if defined(RPP_EMULATED)
+  emulator::end_of_group();
+#else
+  __pipeline_commit();
+#endif
+}
+
+// Until all groups of this thread have come but its last `n`. What other threads copied is seen behind a barrier.
+template <int n>
+__device__ __forceinline__ void wait_for_groups() {
+#if defined(RPP_EMULATED)
+  emulator::wait_for_groups(n);
+#else
+  __pipeline_wait_prior(n);
 #endif
 }
 
@@ -152,8 +183,9 @@ void launch(const Tensor& like, Grid grid, void (*kernel)(P...), A... arguments)
   const int device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   if (grid.shared_bytes > kSharedBytesUnasked)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)),
-          "cudaFuncSetAttribute");
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)),
+        "cudaFuncSetAttribute");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(grid.threads);

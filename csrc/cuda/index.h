@@ -1,5 +1,5 @@
-// Which block and which thread has which part of what there is. Plain functions of numbers, tested over all edges without
-// a GPU (tests/cuda/test_formulas.py).
+// Which block and which thread has which part of what there is. Plain functions of numbers, tested over all edges
+// without a GPU (tests/cuda/test_formulas.py).
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,17 @@ RPP_HD Range slice_of(int64_t vocab, int64_t rank, int64_t ranks, int64_t unit) 
   return {least(vocab, rank * size), least(vocab, (rank + 1) * size)};
 }
 
-// How a block walks its columns: in steps of `threads * unroll * vector`, of which a thread has `unroll` vectors that lie
-// `threads` vectors apart.
+// How many blocks a cluster needs to keep a row in their shared memory: as few as leave room for three clusters, or
+// else all that there are. 0 where the row does not fit.
+constexpr int64_t kComfortableBytes = 72 << 10;
+RPP_HD int cluster_of(int64_t vocab, int64_t unit, int64_t item_bytes, int largest, int64_t most_bytes) {
+  int ranks = 1;
+  while (ranks < largest && slice_size(vocab, ranks, unit) * item_bytes > kComfortableBytes) ranks *= 2;
+  return slice_size(vocab, ranks, unit) * item_bytes <= most_bytes ? ranks : 0;
+}
+
+// How a block walks its columns: in steps of `threads * unroll * vector`, of which a thread has `unroll` vectors that
+// lie `threads` vectors apart.
 RPP_HD int64_t column_of(int64_t step_begin, int thread, int threads, int k, int vector) {
   return step_begin + (static_cast<int64_t>(k) * threads + thread) * vector;
 }

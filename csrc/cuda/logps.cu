@@ -209,22 +209,6 @@ void gradient(const Tensor& dlogits, const Tensor& logits, const MaybeTensor& ro
   launch(logits, {count * parts_of(a.rows.vocab), kRowThreads, sizeof(GradientShared<T>)}, kernel, a);
 }
 
-// f with null pointers of the storage types of logits and of their gradient.
-template <class F>
-auto for_storage_types(const Tensor& logits, ScalarType gradient, F f) {
-  const auto storage = logits.scalar_type();
-  if (storage == ScalarType::Float && gradient == ScalarType::BFloat16)
-    return f(static_cast<float*>(nullptr), static_cast<bf16*>(nullptr));
-  STD_TORCH_CHECK(storage == gradient, "dlogits: want the dtype of logits, or bfloat16 beside float32");
-  switch (storage) {
-    case ScalarType::Float: return f(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
-    case ScalarType::Double: return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
-    case ScalarType::BFloat16: return f(static_cast<bf16*>(nullptr), static_cast<bf16*>(nullptr));
-    case ScalarType::Half: return f(static_cast<f16*>(nullptr), static_cast<f16*>(nullptr));
-    default: STD_TORCH_CHECK(false, "logits: want float32, float64, bfloat16 or float16");
-  }
-}
-
 }  // namespace
 
 Statistics logps_fwd(Tensor logits, Tensor target_ids, MaybeTensor mask, double temperature,

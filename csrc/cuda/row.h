@@ -14,8 +14,8 @@ RPP_HD double power_of_2(double x) { return exp2(x); }
 template <class T>
 constexpr T kLowestPower = std::is_same_v<T, float> ? -126 : -1022;
 
-// Of the logits x_j that a thread has seen: with t_j = (x_j - top) log2(e) / temperature the sums of 2^t_j, t_j 2^t_j and
-// 4^t_j.
+// Of the logits x_j that a thread has seen: with t_j = (x_j - top) log2(e) / temperature the sums of 2^t_j, t_j 2^t_j
+// and 4^t_j.
 template <class T, bool with_squares>
 struct RowTerms {
   T top = -std::numeric_limits<T>::infinity(), sum = 0, weighted = 0, squares = 0;
@@ -118,8 +118,7 @@ __device__ __forceinline__ void for_columns(const S* row, Range columns, bool al
     const int n = static_cast<int>(least(N, columns.end - column));
     Compute<S> x[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      x[i] = i < n ? widened(row[column + i]) : -std::numeric_limits<Compute<S>>::infinity();
+    for (int i = 0; i < N; ++i) x[i] = i < n ? widened(row[column + i]) : -std::numeric_limits<Compute<S>>::infinity();
     each(column, x, n);
   }
 }
@@ -134,6 +133,22 @@ __device__ __forceinline__ void dlogits_of(T (&x)[N], RowGradient<T> g, T dlogps
     T d = dlogit<true>(z.value, g);
     if (i == own) d += dlogps * g.inverse_temperature;
     x[i] = d * z.slope;
+  }
+}
+
+// ---- the host's side: f with null pointers of the storage types of logits and of their gradient.
+template <class F>
+auto for_storage_types(const Tensor& logits, ScalarType gradient, F f) {
+  const auto storage = logits.scalar_type();
+  if (storage == ScalarType::Float && gradient == ScalarType::BFloat16)
+    return f(static_cast<float*>(nullptr), static_cast<bf16*>(nullptr));
+  STD_TORCH_CHECK(storage == gradient, "dlogits: want the dtype of logits, or bfloat16 beside float32");
+  switch (storage) {
+    case ScalarType::Float: return f(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+    case ScalarType::Double: return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<bf16*>(nullptr), static_cast<bf16*>(nullptr));
+    case ScalarType::Half: return f(static_cast<f16*>(nullptr), static_cast<f16*>(nullptr));
+    default: STD_TORCH_CHECK(false, "logits: want float32, float64, bfloat16 or float16");
   }
 }
 

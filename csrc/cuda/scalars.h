@@ -75,6 +75,17 @@ struct Loaded {  // not yet widened: the loads of several are to be on their way
   }
 };
 
+// N numbers of the shared memory, of which the first begins 16 bytes.
+template <class S, int N>
+__device__ __forceinline__ void load_shared(const S* p, Compute<S> (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N / kVector<S>; ++i) {
+    const auto vector = *reinterpret_cast<const Vector16<S>*>(p + i * kVector<S>);
+#pragma unroll
+    for (int k = 0; k < kVector<S>; ++k) x[i * kVector<S> + k] = widened(vector.each[k]);
+  }
+}
+
 template <class S, int N>
 __device__ __forceinline__ void store_whole(S* p, const Compute<S> (&x)[N]) {
   static_assert(N % kVector<S> == 0);

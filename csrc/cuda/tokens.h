@@ -23,13 +23,13 @@ __device__ __forceinline__ void for_tokens(int64_t tokens, const F& f) {
 
 // f.operator()<estimator>(), chosen once for all tokens.
 template <class F>
-void with_estimator(int64_t estimator, const F& f) {
+RPP_HD auto with_estimator(int64_t estimator, const F& f) {
   switch (static_cast<Kl>(estimator)) {
-    case Kl::none: return f.template operator()<Kl::none>();
     case Kl::k1: return f.template operator()<Kl::k1>();
     case Kl::k2: return f.template operator()<Kl::k2>();
     case Kl::k3: return f.template operator()<Kl::k3>();
     case Kl::abs: return f.template operator()<Kl::abs>();
+    default: return f.template operator()<Kl::none>();
   }
 }
 

@@ -52,7 +52,7 @@ def linear_policy_loss_with_gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The divided loss, stats as in policy_loss_fwd, (logps, entropy), and the gradients of the loss."""
-    chunks, modes = Chunks(head, Needs(*needs)), PolicyModes(*policy_modes)
+    chunks, modes, hidden = Chunks(head, Needs(*needs)), PolicyModes(*policy_modes), head.hidden_states
     with_entropy = PolicyNumbers(*policy_numbers).entropy_coef != 0
     valid_lengths = lengths = cu_seqlens.diff()
     if head.mask is not None:
@@ -68,6 +68,19 @@ def linear_policy_loss_with_gradients(
         each = valid_lengths.clamp(min=1).double().reciprocal()
         row_weights = each.repeat_interleave(lengths, output_size=chunks.rows.shape[0])
 
+    def inputs_at(rows: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x[rows] for x in (old_logps, advantages, weights, ref_logps))
+
+    def in_one_read() -> tuple[Tensor, Tensor]:
+        logps, entropy = (hidden.new_zeros(hidden.shape[0], dtype=chunks.dtype) for _ in range(2))
+        for unit in chunks.split(chunks.rows):
+            rows = chunks.rows[unit]
+            scale = divisor.reciprocal().view(1) if row_weights is None else row_weights[unit] / divisor
+            constants = modes.surrogate, modes.kl_estimator, modes.kl_gradient, modes.kl_bias_correction
+            policy = *inputs_at(rows), scale, *policy_numbers, *constants
+            logps[rows], entropy[rows], *_ = chunks.add_policy_gradient(rows, chunks.project(rows), *policy)
+        return logps, entropy
+
     def slopes_of(unit: slice, statistics: Statistics) -> Slopes | None:
         if not any(needs):
             return None
@@ -77,11 +90,12 @@ def linear_policy_loss_with_gradients(
             local = starts[inside] - unit.start
         else:
             local = torch.tensor([0, rows.shape[0]], device=logps.device)
-        old, valid, weight, ref = (None if x is None else x[rows] for x in (old_logps, chunks.mask, weights, ref_logps))
+        old, each, weight, ref = inputs_at(rows)
+        valid = None if chunks.mask is None else chunks.mask[rows]
         _, slope, entropy_slope, _ = chunks.kernels.policy_loss_fwd(
             logps,
             logps if old is None else old,
-            advantages[rows],
+            each,
             valid,
             local,
             weight,
@@ -97,8 +111,12 @@ def linear_policy_loss_with_gradients(
 
         return Slopes(divided(slope), divided(entropy_slope) if with_entropy else None)
 
-    units = whole_sequences(starts, chunks.tokens) if modes.of_sequences and any(needs) else chunks.split(chunks.rows)
-    logps, entropy = over_units(chunks, units, slopes_of)
+    if chunks.reads_once and any(needs) and not modes.of_sequences:
+        logps, entropy = in_one_read()
+    else:
+        whole = modes.of_sequences and any(needs)
+        units = whole_sequences(starts, chunks.tokens) if whole else chunks.split(chunks.rows)
+        logps, entropy = over_units(chunks, units, slopes_of)
     loss, _, _, stats = chunks.kernels.policy_loss_fwd(
         logps,
         logps if old_logps is None else old_logps,

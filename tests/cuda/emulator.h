@@ -17,8 +17,8 @@
 #include <string_view>
 #include <vector>
 
-#include <cmath>
 #include <ucontext.h>
+#include <cmath>
 
 #define __global__ static
 #define __device__
@@ -47,6 +47,12 @@ struct Thread {
   Block* block = nullptr;
   Waits waits = Waits::nothing;
   alignas(16) unsigned char given[16];  // to the other threads of the warp
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  std::vector<std::vector<Copy>> groups;  // the last one is not ended
   ucontext_t first;
   jmp_buf here;
   bool begun = false;
@@ -139,7 +145,11 @@ inline void run_cluster(unsigned first_block, unsigned size, size_t shared_bytes
     std::memset(block.shared.data(), 0xff, block.shared.size());  // NaN, where nothing was written
     std::memset(block.shared_memory() + shared_bytes, kGuardByte,
                 block.shared.data() + block.shared.size() - block.shared_memory() - shared_bytes);
-    for (unsigned i = 0; i < threads; ++i) thread_of(block, i).waits = Waits::nothing;
+    for (unsigned i = 0; i < threads; ++i) {
+      Thread& t = thread_of(block, i);
+      t.waits = Waits::nothing;
+      t.groups.clear();
+    }
   }
   for (;;) {
     bool moved = false, all_ended = true, all_at_cluster = true;
@@ -184,6 +194,25 @@ inline Dim thread_index() { return {thread().index, 0, 0}; }
 inline Dim block_index() { return {thread().block->index, 0, 0}; }
 inline Dim block_size() { return {machine().threads, 1, 1}; }
 inline Dim grid_size() { return {machine().blocks, 1, 1}; }
+
+// A copy happens when the thread waits for it, no earlier: one that is not waited for is missing.
+inline void copy_later(void* to, const void* from, size_t bytes) {
+  auto& groups = thread().groups;
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back({to, from, bytes});
+}
+inline void end_of_group() {
+  auto& groups = thread().groups;
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+}
+inline void wait_for_groups(size_t n) {
+  auto& groups = thread().groups;
+  while (groups.size() > n + 1) {
+    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
+}
 
 template <class T>
 T shuffled(T value, unsigned from) {
