@@ -26,7 +26,14 @@ FLAGS += ["-Werror=switch", "-Werror=return-type"]  # a surrogate that one of th
 # Code for A100 and its like, Hopper and Blackwell; PTX of the newest, which later ones compile when it is first run.
 ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100": "sm_100,compute_100"}
 LEAST_NVCC = (12, 8)  # knows sm_100
-NVCC_FLAGS = ["-O3", "-g0", "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "--expt-relaxed-constexpr",
+    "--extended-lambda",
+    "-Xcompiler=-fvisibility=hidden",
+]
 NVCC_FLAGS += ["-Xptxas=--warn-on-spills,--warning-as-error"]  # a kernel that spills is to be cut smaller
 NVCC_FLAGS += [f"-gencode=arch=compute_{x},code=[{code}]" for x, code in ARCHITECTURES.items()]
 

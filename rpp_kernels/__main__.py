@@ -8,6 +8,11 @@ import torch
 import rpp_kernels
 from rpp_kernels import backends
 from rpp_kernels.backends import native
+from rpp_kernels.backends.preference import TABLE, architecture, preferred
+
+
+def _native(device: str) -> str:
+    return f"instruction set {native.cpu_capability()}" if device == "cpu" else f"code for {native.ARCHITECTURES}"
 
 
 def report() -> str:
@@ -24,10 +29,13 @@ def report() -> str:
     for device in devices:
         for name in backends.NAMES:
             reason = backends.why_not(name, device)
-            works = "works" + (f", instruction set {native.cpu_capability()}" if name == "native" else "")
+            works = "works" + (f", {_native(device)}" if name == "native" and reason is None else "")
             lines.append(f"{device:5} {name:10} {works if reason is None else 'no: ' + reason}")
-        chosen = backends.backend_of(torch.empty(0, device=device))
-        lines.append(f"{device:5} -> ops run on {chosen!r}")
+        one = torch.empty(0, device=device)
+        for op in (None, *sorted(op for op, name in TABLE if op and name in (device, architecture(one.device)))):
+            preference = preferred(op, one.device)
+            why = "forced" if forced else preference.source if preference else "the only one that there is"
+            lines.append(f"{device:5} -> {op or 'ops'} run on {backends.backend_of(one, op)!r} ({why})")
     return "\n".join(lines)
 
 

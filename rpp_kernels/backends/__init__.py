@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rpp_kernels.backends import native, triton
+from rpp_kernels.backends.preference import preferred
 
 
 class Backend(NamedTuple):
@@ -26,9 +27,6 @@ BACKENDS = {
     "triton": Backend(triton.kernels, triton.why_not),
 }
 NAMES = (*BACKENDS, "reference")
-
-# For each device type the backends that may serve it, best first. The reference serves where none of them works.
-_PREFERENCE = {"cpu": ("native",), "cuda": ("triton",), "xpu": ("triton",)}
 
 _VARIABLE = "RPP_KERNELS_BACKEND"
 
@@ -59,14 +57,16 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def backend_of(x: Tensor) -> str:
-    """The backend that serves tensors on the device of `x`: the forced one, or the best that works here."""
+def backend_of(x: Tensor, op: str | None = None) -> str:
+    """The backend that serves a public function, "linear" for those of a head, on the device of `x`: the forced one, or
+    the best of preference.py that works. Without `op`, that of all ops that preference.py does not name."""
     device = x.device.type
     if _forced is not None:
         reason = why_not(_forced, device)
         if reason:
             raise RuntimeError(f"backend {_forced!r} was asked for and cannot run: {reason}")
-    works = (name for name in _PREFERENCE.get(device, ()) if not why_not(name, device))
+    preference = preferred(op, x.device)
+    works = (name for name in (preference.order if preference else ()) if not why_not(name, device))
     chosen = _forced or next(works, "reference")
     if chosen != "reference" and forward_ad._current_level >= 0:  # PyTorch would take the tangent of a kernel for zero
         raise RuntimeError("rpp_kernels has no forward-mode derivatives; use_backend('reference') has")

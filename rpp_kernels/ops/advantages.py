@@ -100,7 +100,7 @@ def returns(
     check_mask(completion_mask, "rewards", rewards.shape, rewards)
     check_discount("gamma", gamma)
     check_choice("gap", gap, list(GAPS))
-    backend = backend_of(rewards)
+    backend = backend_of(rewards, "returns")
     if backend == "reference":
         return reference.returns(rewards, completion_mask, gamma=gamma, gap=gap, cu_seqlens=cu_seqlens)
     result: Tensor = returns_fwd(
@@ -197,7 +197,7 @@ def gae(
     check_discount("gamma", gamma)
     check_discount("gae_lambda", gae_lambda)
     check_choice("gap", gap, ("carry", "step"))
-    backend = backend_of(rewards)
+    backend = backend_of(rewards, "gae")
     if backend == "reference":
         return reference.gae(
             rewards, values, completion_mask, gamma=gamma, gae_lambda=gae_lambda, gap=gap, cu_seqlens=cu_seqlens
@@ -319,7 +319,7 @@ def whiten(
     check_eps(eps)
     check_choice("eps_mode", eps_mode, list(EPS_MODES))
     check_ranks(process_group, values=values)
-    backend = backend_of(values)
+    backend = backend_of(values, "whiten")
     if backend == "reference":
         return reference.whiten(
             values,

@@ -115,8 +115,8 @@ class Chunks:
         self.tokens, self.gradient_tokens = chunk_tokens(
             self.side_by_side, self.dtype, self.operands, *sizes, self.plan
         )
-        # Of a loss of tokens one kernel may make statistics, slopes and gradient, for one read of the logits. It leaves out
-        # no rows, and a shard's rows have other ranks to wait for.
+        # Of a loss of tokens one kernel may make statistics, slopes and gradient, for one read of the logits. It leaves
+        # out no rows, and a shard's rows have other ranks to wait for.
         one_read = hasattr(self.kernels, "chunk_policy_out") and not self.side_by_side
         self.reads_once = one_read and self.group is None and not self.plan.skip_rows
         self.in_place = self.side_by_side and self.tokens == self.gradient_tokens and self.operands == self.dtype
@@ -247,8 +247,8 @@ class Chunks:
     # ---- backward
 
     def add_policy_gradient(self, rows: Tensor, logits: Tensor, *policy: Any) -> Statistics:
-        """Of a chunk of a policy loss of tokens, where `reads_once`, with the statistics. `policy` is as chunk_policy_out
-        in csrc/ops.h takes it, from old_logps on."""
+        """Of a chunk of a policy loss of tokens, where `reads_once`, with the statistics. `policy` is as
+        chunk_policy_out in csrc/ops.h takes it, from old_logps on."""
         dlogits = self._room(rows.shape[0], logits)
         valid = None if self.mask is None else self.mask[rows]
         numbers, temperature = self.numbers, self._temperature(rows)

@@ -191,7 +191,7 @@ def group_advantages(
     check_eps(eps)
     _check_lengths(lengths, baseline, scores)
     check_ranks(process_group, scores=scores)
-    backend = backend_of(scores)
+    backend = backend_of(scores, "group_advantages")
     if backend == "reference":
         return reference.group_advantages(
             scores,
@@ -284,7 +284,7 @@ def best_of_group(
     """
     check_groups(scores, group_size, group_ids)
     check_ranks(process_group, scores=scores)
-    if backend_of(scores) == "reference":
+    if backend_of(scores, "best_of_group") == "reference":
         return reference.best_of_group(scores, group_size=group_size, group_ids=group_ids, process_group=process_group)
     result: Tensor = best_rows(*_comparable(scores, group_ids), group_size or 0, group_name(process_group))
     return result
@@ -315,7 +315,7 @@ def informative_groups(
     """
     check_groups(scores, group_size, group_ids)
     check_ranks(process_group, scores=scores)
-    if backend_of(scores) == "reference":
+    if backend_of(scores, "informative_groups") == "reference":
         return reference.informative_groups(
             scores, group_size=group_size, group_ids=group_ids, process_group=process_group
         )

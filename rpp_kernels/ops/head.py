@@ -212,7 +212,7 @@ def checked_head(
         Numbers(1.0 if each else float(temperature), float(lora_scaling), float(logit_scale), float(softcap or 0)),
         Plan(vocab_start or 0, chunk_bytes or 0, int(skip_rows), int(batch_invariant)),
         group_name(process_group),
-        backend_of(hidden_states),
+        backend_of(hidden_states, "linear"),
     )
     operands = {"hidden_states": hidden_states, "weight": weight}
     ids = {"target_ids": target_ids, "completion_mask": completion_mask}

@@ -116,7 +116,7 @@ def kl_penalty(
     if gradient is not None:
         check_choice("gradient", gradient, list(ESTIMATORS))
     check_clamps(log_ratio_clamp, kl_clamp)
-    backend = backend_of(logps)
+    backend = backend_of(logps, "kl_penalty")
     if backend == "reference":
         return reference.kl_penalty(
             logps,

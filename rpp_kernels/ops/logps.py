@@ -142,7 +142,7 @@ def logps_from_logits(
     check_mask(completion_mask, "the tokens of logits", shape, logits)
     check_target_ids(target_ids, completion_mask, shape, logits.shape[-1], logits)
     check_temperature(temperature, completion_mask, shape, logits)
-    backend = backend_of(logits)
+    backend = backend_of(logits, "logps_from_logits")
     if backend == "reference":
         return reference.logps_from_logits(
             logits, target_ids, completion_mask, temperature=temperature, sum_squares=sum_squares

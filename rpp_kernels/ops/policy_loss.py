@@ -345,7 +345,7 @@ def policy_loss(
         check_like("entropy", entropy, "logps", logps)
     elif entropy_coef != 0:
         fail("entropy_coef", "0 without entropy", entropy_coef)
-    backend = backend_of(logps)
+    backend = backend_of(logps, "policy_loss")
     if backend == "reference":
         return reference.policy_loss(
             logps,
@@ -532,7 +532,7 @@ def value_loss(
     )
     if epsilon is not None:
         check_number("epsilon", epsilon, "a positive number, or None", 0, open_low=True)
-    backend = backend_of(values)
+    backend = backend_of(values, "value_loss")
     if backend == "reference":
         return reference.value_loss(
             values,

@@ -204,7 +204,7 @@ def dpo_loss(
         fail("length_normalized", "True or False", repr(length_normalized))
     check_choice("reduction", reduction, REDUCTIONS)
     check_count("num_pairs", num_pairs, reduction, logps)
-    backend = backend_of(logps)
+    backend = backend_of(logps, "dpo_loss")
     if backend == "reference":
         return reference.dpo_loss(
             logps,
@@ -286,7 +286,7 @@ def copg_loss(
     check_number("beta", beta, "a finite number from 0", 0, _LARGEST)
     check_choice("reduction", reduction, REDUCTIONS)
     check_count("num_items_in_batch", num_items_in_batch, reduction, logps)
-    backend = backend_of(logps)
+    backend = backend_of(logps, "copg_loss")
     if backend == "reference":
         return reference.copg_loss(
             logps,

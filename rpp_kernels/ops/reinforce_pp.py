@@ -154,7 +154,7 @@ def reinforce_pp_advantages(
     check_clamps(LOG_RATIO_CLAMP, kl_clamp)
     check_eps(eps)
     check_ranks(process_group, scores=scores, old_logps=old_logps, ref_logps=ref_logps)
-    backend = backend_of(old_logps)
+    backend = backend_of(old_logps, "reinforce_pp_advantages")
     if backend == "reference":
         return reference.reinforce_pp_advantages(
             scores,

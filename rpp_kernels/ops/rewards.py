@@ -89,7 +89,7 @@ def token_rewards(
     check_shape("scores", scores, (starts.shape[0] - 1,), "of one for each sequence")
     check_mask(completion_mask, "kl", kl.shape, kl)
     check_number("beta", beta, "a finite number", -1e30, 1e30)
-    backend = backend_of(kl)
+    backend = backend_of(kl, "token_rewards")
     if backend == "reference":
         return reference.token_rewards(scores, kl, completion_mask, beta=beta, cu_seqlens=cu_seqlens)
     dtype = result_dtype(kl)

@@ -109,7 +109,7 @@ def rollout_weights(
     check_number("low", low, "a number from 0", 0)
     check_number("high", high, f"a number from low, which is {low}", low)
     check_number("log_ratio_clamp", log_ratio_clamp, "a positive number", 0, open_low=True)
-    backend = backend_of(old_logps)
+    backend = backend_of(old_logps, "rollout_weights")
     if backend == "reference":
         return reference.rollout_weights(
             old_logps,

@@ -175,7 +175,7 @@ def test_on_policy_has_a_ratio_of_one(kernel, device):
 
 
 def test_what_is_not_finite(kernel, device):
-    """A NaN is kept in its row, and other rows do not see it; a row of -inf has no log-probs; -inf is a probability of 0."""
+    """A NaN is kept in its row, and no other sees it; a row of -inf has no log-probs; -inf is a probability of 0."""
     logits, ids, old, ref, advantages, weights, _ = batch(4, 500, torch.float32, device)
     logits[0, 7], logits[1], logits[2, 100:400] = math.nan, -math.inf, -math.inf
     ids[2] = 3

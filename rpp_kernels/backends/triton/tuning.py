@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rpp_kernels.backends import preference
+
 
 class Config(NamedTuple):
     block: int
@@ -88,14 +90,6 @@ def _config(kernel: str, dtype: torch.dtype, arch: str) -> Config:
     return next(TABLE[key] for key in keys if key in TABLE)
 
 
-@functools.cache
 def architecture(device: torch.device) -> str:
-    """sm_90, gfx942, xpu or "interpreter"."""
-    if device.type == "cpu":
-        return "interpreter"
-    if device.type == "xpu":
-        return "xpu"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    """As in preference.py; "interpreter" for a CPU."""
+    return "interpreter" if device.type == "cpu" else preference.architecture(device)
