@@ -46,8 +46,13 @@ def each(name: str, values: Iterable[Any]) -> list[dict[str, Any]]:
     return [{name: value} for value in values]
 
 
-def workload(sizes: Sizes = Sizes()) -> Iterator[tuple[str, torch.dtype, Variants]]:  # noqa: B008, it is a constant
-    """Everything that is compiled: a function, the dtype it works in, its calls."""
+def workload(
+    sizes: Sizes = Sizes(),  # noqa: B008, it is a constant
+    *,
+    cuda: bool = False,
+) -> Iterator[tuple[str, torch.dtype, Variants]]:
+    """Everything that is compiled: a function, the dtype it works in, its calls; with `cuda` those too that are in CUDA
+    alone."""
     for dtype in (torch.float32, torch.float64):
         for table in (of_tokens, of_sequences, of_losses, of_chunks):
             for name, calls in table(dtype, sizes).items():
@@ -55,6 +60,8 @@ def workload(sizes: Sizes = Sizes()) -> Iterator[tuple[str, torch.dtype, Variant
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for name, calls in of_logits(dtype, sizes).items():
             yield name, dtype, calls
+        if cuda:
+            yield "chunk_policy_out", dtype, chunk_policy(dtype, sizes)
 
 
 def arguments(dtype: torch.dtype, sizes: Sizes) -> SimpleNamespace:
@@ -268,3 +275,27 @@ def of_logits(dtype: torch.dtype, sizes: Sizes) -> dict[str, Variants]:
             {"dentropy": x.t, "dlse": x.t, "token_temperature": x.t},
         ),
     }
+
+
+def chunk_policy(dtype: torch.dtype, sizes: Sizes) -> Variants:
+    """In place, and into operands of half the width."""
+    from rpp_kernels.ops.policy_loss import SURROGATES, PolicyNumbers
+
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    x, logits = arguments(own, sizes), sizes.new(sizes.T, sizes.V, dtype=dtype)
+    of_tokens = [{"surrogate": i} for i, surrogate in enumerate(SURROGATES.values()) if "token" in surrogate.levels]
+    head = {"target_ids": x.ids, "mask": x.mask, "temperature": 0.7, "token_temperature": None, "softcap": 0.0}
+    tokens = {"old_logps": x.t, "advantages": x.t, "weights": None, "ref_logps": None}
+    base = {"dlogits": logits, "logits": logits, **head, **tokens, "scale": sizes.new(1, dtype=torch.float64)}
+    base |= PolicyNumbers(0.2, 0.2, math.inf, 0.0, 20.0, 0.0, math.inf, 0.0)._asdict()
+    half = [torch.bfloat16, torch.float16] if dtype == torch.float32 else []
+    return variants(
+        base | {"surrogate": 0, "kl_estimator": 3, "kl_gradient": 3, "kl_bias_correction": False},
+        NO_MASK,
+        {"old_logps": None, "token_temperature": x.t},
+        {"ref_logps": x.t, "beta": 0.1, "weights": x.t, "entropy_coef": 0.1, "kl_bias_correction": True},
+        {"scale": sizes.new(sizes.T, dtype=torch.float64)},
+        *of_tokens,
+        *([{"softcap": 30.0}] if dtype == own else []),
+        *({"dlogits": sizes.new(sizes.T, sizes.V, dtype=d)} for d in half),
+    )

@@ -142,7 +142,9 @@ auto for_storage_types(const Tensor& logits, ScalarType gradient, F f) {
   const auto storage = logits.scalar_type();
   if (storage == ScalarType::Float && gradient == ScalarType::BFloat16)
     return f(static_cast<float*>(nullptr), static_cast<bf16*>(nullptr));
-  STD_TORCH_CHECK(storage == gradient, "dlogits: want the dtype of logits, or bfloat16 beside float32");
+  if (storage == ScalarType::Float && gradient == ScalarType::Half)
+    return f(static_cast<float*>(nullptr), static_cast<f16*>(nullptr));
+  STD_TORCH_CHECK(storage == gradient, "dlogits: want the dtype of logits, or a half beside float32");
   switch (storage) {
     case ScalarType::Float: return f(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
     case ScalarType::Double: return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));

@@ -70,6 +70,7 @@ struct Machine {
   std::vector<std::unique_ptr<Block>> cluster;
   unsigned blocks = 0, threads = 0;
   std::function<void()> kernel;
+  bool reversed = false;
   Thread* now = nullptr;
   jmp_buf scheduler;
 };
@@ -82,10 +83,6 @@ inline Machine& machine() {
 constexpr size_t kStack = 256 << 10, kGuard = 128;
 constexpr unsigned char kGuardByte = 0xa5;
 
-inline bool reversed() {
-  static const char* order = std::getenv("RPP_EMULATED_ORDER");
-  return order && std::string_view(order) == "reverse";
-}
 
 __attribute__((noinline)) inline void wait_for(Waits what) {
   Machine& m = machine();
@@ -154,7 +151,7 @@ inline void run_cluster(unsigned first_block, unsigned size, size_t shared_bytes
   for (;;) {
     bool moved = false, all_ended = true, all_at_cluster = true;
     for (unsigned j = 0; j < size * threads; ++j) {
-      const unsigned at = reversed() ? size * threads - 1 - j : j;
+      const unsigned at = m.reversed ? size * threads - 1 - j : j;
       Thread& t = *m.cluster[at / threads]->threads[at % threads];
       if (t.waits == Waits::nothing) go_on(t), moved = true;
       all_ended &= t.waits == Waits::ended;
@@ -184,9 +181,11 @@ inline void run(int64_t blocks, int threads, size_t shared_bytes, int cluster, s
   if (shared_bytes > 227 << 10) fail("more shared memory than a block has");
   Machine& m = machine();
   m.blocks = blocks, m.threads = threads, m.kernel = std::move(kernel);
+  const char* order = std::getenv("RPP_EMULATED_ORDER");
+  m.reversed = order && std::string_view(order) == "reverse";
   const int64_t clusters = blocks / cluster;
   for (int64_t i = 0; i < clusters; ++i)
-    run_cluster((reversed() ? clusters - 1 - i : i) * cluster, cluster, shared_bytes);
+    run_cluster((m.reversed ? clusters - 1 - i : i) * cluster, cluster, shared_bytes);
 }
 
 inline Thread& thread() { return *machine().now; }

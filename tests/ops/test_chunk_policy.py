@@ -117,7 +117,9 @@ def test_every_loss(kernel, device, loss, dtype):
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-@pytest.mark.parametrize("storage", ["float32", "float32 to bfloat16", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    "storage", ["float32", "float32 to bfloat16", "float32 to float16", "bfloat16", "float16", "float64"]
+)
 def test_every_size_and_storage(kernel, device, vocab, storage):
     dtype, _, out = storage.partition(" to ")
     dtype, out = getattr(torch, dtype), getattr(torch, out or dtype)
