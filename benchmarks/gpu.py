@@ -1,12 +1,13 @@
 """All that a lent GPU is for, in one command and ten minutes: `python benchmarks/gpu.py --out DIR`.
 
-    build      the package, without network, into the Python that has torch
-    tests      the tests of the ops on this GPU
-    bench      the kernels beside eager code, torch.compile and a plain copy of as many bytes: DIR/gpu.json, to be
-               committed as benchmarks/results/gpu.json
-    calls      one call of every kernel, as kernel_calls.py lists them: compiles what the next two run
-    memcheck   the same under compute-sanitizer: no access outside of a tensor
+    build      the package with its CUDA kernels, without network, into the Python that has torch
+    tests      the tests of the ops on this GPU, by both backends, and those that only a GPU can have
+    bench      the kernels beside eager code, torch.compile, a plain copy of as many bytes, and the bare products of a
+               head: DIR/gpu.json, to be committed as benchmarks/results/gpu.json
+    calls      one call of every Triton kernel, as kernel_calls.py lists them: compiles what is run below
+    memcheck   the same, and every CUDA kernel, under compute-sanitizer: no access outside of a tensor
     racecheck  the same: no two threads at one place of shared memory
+    initcheck  every CUDA kernel: no read of what nobody wrote
 
 Each stage is a process with a log in DIR and its share of the time. One that fails, or whose time is up, takes nothing
 from the others, and what it has written by then stays.
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from case import Case, Data
     from timing import Sample, Work
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = [sys.executable, str(Path(__file__).resolve())]
@@ -46,20 +48,24 @@ class Stage:
     environment: Mapping[str, str]
 
 
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+
+
 def stages(out: Path) -> list[Stage]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     sanitizer = [tool, "--error-exitcode", "9", "--target-processes", "application-only", "--tool"]
     pip = ["install", "--no-index", "--no-build-isolation", "--no-deps", "-e", "."]
-    which = ["-m", "not slow", "-k", "triton", "tests/ops"]
-    one_each = [*HERE, "--run", "calls"]
+    which = ["-m", "not slow", "-k", "cuda", "tests/ops", "tests/test_gpu.py"]
+    calls = {name: [*HERE, "--run", "calls", "--backend", name] for name in ("native", "triton")}
+    # Without torch's cache every tensor has an end of its own, behind which nothing may be touched.
+    apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Stage("build", 60, [sys.executable, "-m", "pip", *pip], {}),
-        Stage("tests", 200, [sys.executable, "-m", "pytest", "-q", "-n", "8", *which], {"OMP_NUM_THREADS": "1"}),
-        Stage("bench", 170, [*HERE, "--run", "bench", "--out", str(out)], {}),
-        Stage("calls", 60, one_each, {}),
-        # Without torch's cache every tensor has an end of its own, behind which nothing may be touched.
-        Stage("memcheck", 45, [*sanitizer, "memcheck", *one_each], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        Stage("racecheck", 45, [*sanitizer, "racecheck", *one_each], {}),
+        Stage("build", 100, [sys.executable, "-m", "pip", *pip], {"RPP_KERNELS_BUILD": "cuda"}),
+        Stage("tests", 170, [sys.executable, "-m", "pytest", "-q", "-n", "8", *which], {"OMP_NUM_THREADS": "1"}),
+        Stage("bench", 150, [*HERE, "--run", "bench", "--out", str(out)], {}),
+        Stage("calls", 40, calls["triton"], {}),
+        *(Stage(f"{tool}-cuda", 20, [*sanitizer, tool, *calls["native"]], apart) for tool in SANITIZERS),
+        *(Stage(f"{tool}-triton", 30, [*sanitizer, tool, *calls["triton"]], apart) for tool in SANITIZERS[:2]),
     ]
 
 
@@ -102,59 +108,57 @@ def run_all(chosen: Sequence[Stage], out: Path, seconds: float) -> list[dict[str
 # ---------------------------------------------------------------- one call of every kernel
 
 
-def calls() -> None:
+def calls(backend: str) -> None:
     """In float32, and logits in bfloat16 too; of each function the first variants and the last."""
     import torch
     from kernel_calls import Sizes, workload
 
     from rpp_kernels import backends
 
-    functions = vars(backends.kernels("triton"))
-    for name, dtype, variants in workload(Sizes(T=4100, B=4, V=5003, device="cuda")):
+    functions = backends.kernels(backend)
+    for name, dtype, variants in workload(Sizes(T=4100, B=4, V=5003, device="cuda"), cuda=backend == "native"):
         if dtype in (torch.float32, torch.bfloat16):
             for what in dict.fromkeys([*list(variants)[:3], *list(variants)[-2:]]):
                 print(name, what, flush=True)
-                functions[name](*variants[what])
+                getattr(functions, name)(*variants[what])
                 torch.cuda.synchronize()
 
 
 # ---------------------------------------------------------------- benchmarks
 
 
-def cases() -> "list[Case]":
-    """Those of the CPU that move bytes, with logits of the size that a GPU is given."""
-    import torch
-    from case import compiled, plain
-    from cases import CASES, eager_logps_entropy, logps_case
+def cases() -> "list[tuple[Case, Case]]":
+    """What is timed, each with the case that it is checked in."""
+    from gpu_cases import HEADS, by_backend, head, of_bytes, one_read
 
-    eager = {"eager": plain(eager_logps_entropy), "torch.compile": compiled(eager_logps_entropy)}
-    why = "the log-probs and the entropy of one batch of a model with a large vocabulary"
-    logits = [
-        logps_case("logps_entropy_bf16", torch.bfloat16, 2, why, eager, 8192, 151936, "cuda"),
-        logps_case("logps_entropy_fp32", torch.float32, 2, why, eager, 4096, 151936, "cuda"),
-    ]
-    return logits + [case for case in CASES if case.floor.unit == "GB" and not case.name.startswith("logps")]
+    moved = [*map(by_backend, of_bytes()), one_read()]
+    return [head(*size) for size in HEADS] + [(case, case) for case in moved]
 
 
 def bench(out: Path, commit: str) -> None:
     import torch
     from case import Data
-    from run import Row
+    from run import Row, load
     from timing import interleave
 
     def on_gpu(data: Data) -> Data:
         return Data({k: x.cuda() for k, x in data.inputs.items()}, data.wrt, tuple(x.cuda() for x in data.grads))
 
     result: dict[str, Any] = {"machine": machine(commit), "cases": {}, "rows": [], "host_ms": {}}
-    for case in cases():
+    for case, checked in cases():
         print(case.name, flush=True)
+        in_bytes = case.floor.unit == "GB"
         described = {k: getattr(case, k) for k in ("op", "shape", "why")}
-        described |= {"unit": "GB", "amount": case.floor.amount, "floor": "a copy of as many bytes"}
+        described |= {"unit": case.floor.unit, "amount": case.floor.amount}
+        described["floor"] = "a copy of as many bytes" if in_bytes else case.floor.what
         result["cases"][case.name] = described
         try:
-            works, errors, notes = green(case, on_gpu(case.data()))
+            works, errors, notes = green(checked, on_gpu(checked.data()))
+            if case is not checked:
+                data, functions = on_gpu(case.data()), load(case)[0]
+                works = {name: data.work(functions[name]) for name in works}
             result["rows"] += [asdict(Row(case.name, who, phase, note)) for who, note in notes for phase in case.phases]
-            everyone = {"floor": copy_of(case), **works}
+            everyone = {"floor": copy_of(case) if in_bytes else products_of(case, data.inputs), **works}
             host: dict[str, list[float]] = {name: [] for name in everyone}
             samples = interleave(everyone, seconds=6.0, at_least=15, run=stopwatch(everyone, host))
             result["rows"] += rows_of(case, samples, errors)
@@ -193,6 +197,25 @@ def copy_of(case: "Case") -> "Work":
         return lambda _=None: out.copy_(source)
 
     return Work(copy("forward"), copy("backward") if "backward" in case.phases else None)
+
+
+def products_of(case: "Case", inputs: "Mapping[str, Tensor]") -> "Work":
+    """The three bare products of a head in the operands' dtype, into memory that is there already."""
+    import torch
+    from timing import Work
+
+    x, weight = inputs["hidden_states"][0], inputs["weight"]
+    logits = torch.empty(len(x), len(weight), dtype=x.dtype, device="cuda")
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+
+    def forward() -> None:
+        torch.mm(x, weight.T, out=logits)
+
+    def backward(_: None) -> None:
+        torch.mm(logits, weight, out=dx)
+        torch.mm(logits.T, x, out=dweight)
+
+    return Work(forward, backward)
 
 
 HEAD_START = 4_000_000  # cycles, about two milliseconds, in which the host goes ahead
@@ -270,7 +293,7 @@ def _driver() -> str:
 def main() -> None:
     args = _parse()
     if args.run == "calls":
-        calls()
+        calls(args.backend)
     elif args.run == "bench":
         bench(args.out, args.commit)
     else:
@@ -286,6 +309,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.5, help="for all stages together")
     parser.add_argument("--stage", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--commit", default=os.environ.get("RPP_KERNELS_COMMIT", ""), help="where there is no .git")
+    parser.add_argument("--backend", choices=["native", "triton"], default="native", help="of the calls")
     parser.add_argument("--run", choices=["calls", "bench"], help="a stage itself, in this process")
     return parser.parse_args()
 

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from kernel_calls import Sizes, workload  # noqa: E402
+from kernel_calls import Sizes, workload
 
 
 def _named(dtype: torch.dtype) -> str:
