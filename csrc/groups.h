@@ -1,7 +1,7 @@
 // The options of group_advantages, for C++ and CUDA alike.
 #pragma once
 
-#include "moments.h"
+#include "statistics.h"
 
 namespace rpp {
 

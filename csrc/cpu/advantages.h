@@ -1,7 +1,7 @@
 #pragma once
 
 #include "cpu/isa.h"
-#include "moments.h"
+#include "statistics.h"
 
 namespace rpp {
 

@@ -29,7 +29,7 @@ struct Discount {
 
   template <class Tile>
   __device__ __forceinline__ double of(const Tile& tile, int k) const {
-    return tile.valid[k] ? of_valid : tile.inside[k] ? of_masked : 1;
+    return tile.valid(k) ? of_valid : tile.inside(k) ? of_masked : 1;
   }
 };
 

@@ -1,6 +1,8 @@
 // Tokens as vectors: each thread of a block has kTokensEach in a row of some tensors.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/tokens.h"
 
 namespace rpp::cuda {
@@ -10,31 +12,44 @@ constexpr int kTileTokens = kTokenThreads * kTokensEach;  // of a block
 // Those from `at` on, a multiple of kTokensEach, of N tensors: whole vectors of 16 bytes where a tensor begins at 16.
 template <class T, int N>
 struct Tile {
+  static_assert(kTokensEach == sizeof(uint32_t));  // a byte of the mask for each
+  static constexpr uint32_t kAll = (1 << kTokensEach) - 1;
+
   int64_t at = 0;
-  bool whole = false;  // all of them are there
-  bool inside[kTokensEach] = {}, valid[kTokensEach] = {};
+  uint32_t places = 0;  // a bit for each that is there
+  uint32_t counts = 0;  // a byte for each that is valid
   T raw[N][kTokensEach] = {};
 
-  __device__ __forceinline__ T value(int n, int k) const { return valid[k] ? raw[n][k] : T(0); }
+  __device__ __forceinline__ bool inside(int k) const { return places >> k & 1; }
+  __device__ __forceinline__ bool valid(int k) const { return counts >> 8 * k & 1; }
+  __device__ __forceinline__ T value(int n, int k) const { return valid(k) ? raw[n][k] : T(0); }
 
-  // Of the places in `range`; a tensor may be null, and is 0 then. Uses nothing of what it loads.
+  // Of the places in `range`; a tensor may be null, and is 0 then. Nothing waits for what it loads.
   __device__ __forceinline__ void load(const T* const (&from)[N], const bool* mask, int64_t first, Range range) {
-    at = first, whole = at >= range.begin && at + kTokensEach <= range.end;
+    at = first, places = counts = 0;
 #pragma unroll
     for (int k = 0; k < kTokensEach; ++k) {
-      valid[k] = inside[k] = at + k >= range.begin && at + k < range.end;
-      if (mask && inside[k]) valid[k] = mask[at + k];
+      const uint32_t there = at + k >= range.begin && at + k < range.end;
+      places |= there << k, counts |= there << 8 * k;
+    }
+    if (mask && places == kAll && reinterpret_cast<uintptr_t>(mask + at) % sizeof counts == 0) {
+      std::memcpy(&counts, __builtin_assume_aligned(mask + at, sizeof counts), sizeof counts);
+    } else if (mask) {
+      counts = 0;
+#pragma unroll
+      for (int k = 0; k < kTokensEach; ++k)
+        if (inside(k)) counts |= static_cast<uint32_t>(mask[at + k]) << 8 * k;
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (!from[n]) continue;
-      if (whole && begins_16_bytes(from[n] + at)) {
+      if (places == kAll && begins_16_bytes(from[n] + at)) {
         Loaded<T, kTokensEach> loaded;
         loaded.load(from[n] + at);
         loaded.widen(raw[n]);
       } else {
 #pragma unroll
-        for (int k = 0; k < kTokensEach; ++k) raw[n][k] = inside[k] ? from[n][at + k] : T(0);
+        for (int k = 0; k < kTokensEach; ++k) raw[n][k] = inside(k) ? from[n][at + k] : T(0);
       }
     }
   }
@@ -42,11 +57,11 @@ struct Tile {
   // 0 where masked.
   __device__ __forceinline__ void store(T* to, T (&x)[kTokensEach]) const {
 #pragma unroll
-    for (int k = 0; k < kTokensEach; ++k) x[k] = valid[k] ? x[k] : T(0);
-    if (whole && begins_16_bytes(to + at)) return store_whole<T>(to + at, x);
+    for (int k = 0; k < kTokensEach; ++k) x[k] = valid(k) ? x[k] : T(0);
+    if (places == kAll && begins_16_bytes(to + at)) return store_whole<T>(to + at, x);
 #pragma unroll
     for (int k = 0; k < kTokensEach; ++k)
-      if (inside[k]) to[at + k] = x[k];
+      if (inside(k)) to[at + k] = x[k];
   }
 };
 
