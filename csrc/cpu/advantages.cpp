@@ -32,22 +32,6 @@ Moments as_moments(const Tensor& moments) {
   return {data[0], data[1], data[2]};
 }
 
-struct Whitening {
-  double inverse_std, slope;  // slope: d(inverse_std) / d(variance)
-  double degrees;             // what the squares were divided by
-
-  Whitening(const Moments& m, bool unbiased, double eps, EpsMode mode) : degrees(std::max(m.count - unbiased, 1.0)) {
-    const double variance = m.squares / degrees, std = std::sqrt(variance);
-    if (mode == EpsMode::add_std) {
-      inverse_std = 1 / (std + eps);
-      slope = std > 0 ? -inverse_std * inverse_std / (2 * std) : 0;
-    } else {
-      inverse_std = 1 / std::sqrt(mode == EpsMode::floor ? std::max(variance, eps) : variance + eps);
-      slope = mode == EpsMode::floor && variance < eps ? 0 : -0.5 * inverse_std * inverse_std * inverse_std;
-    }
-  }
-};
-
 template <class T>
 void affine(const AffineArgs<T>& a, int64_t size) {
   parallel_rows(size, 1, [&](int64_t begin, int64_t end) { RPP_CALL(affine_tokens<T>, a, begin, end); });
@@ -73,41 +57,30 @@ void whiten_out(Tensor out, Tensor values, MaybeTensor mask, Tensor moments, boo
     const int64_t size = values.numel();
     const Moments m = as_moments(moments);
     const Whitening w(m, unbiased, eps, static_cast<EpsMode>(eps_mode));
-    const T shift = static_cast<T>(m.mean);
-    const double offset = (shift - m.mean) * w.inverse_std + (shift_mean ? 0 : m.mean);
-    affine<T>(
-        {data_of<T>(values, size, "values"), nullptr, data_of<bool>(mask, size, "completion_mask"), shift,
-         static_cast<T>(w.inverse_std), T(0), static_cast<T>(offset), const_cast<T*>(data_of<T>(out, size, "out"))},
-        size);
+    affine<T>({data_of<T>(values, size, "values"), nullptr, data_of<bool>(mask, size, "completion_mask"),
+               whitened<T>(m, w, shift_mean), const_cast<T*>(data_of<T>(out, size, "out"))},
+              size);
   });
 }
 
-// dvalues = inverse_std * (dout - mean dout) + slope * sum(dout * (x - mean)) * 2 (x - mean) / degrees; without
-// shift_mean the mean is added back, and with it mean dout.
 Tensor whiten_bwd(Tensor dout, Tensor values, MaybeTensor mask, Tensor moments, bool shift_mean, bool unbiased,
                   double eps, int64_t eps_mode) {
   return for_float_type(values, [&]<class T>(T*) {
     const int64_t size = values.numel();
     const Moments m = as_moments(moments);
     const Whitening w(m, unbiased, eps, static_cast<EpsMode>(eps_mode));
-    const T shift = static_cast<T>(m.mean);
     std::vector<Moments> blocks(blocks_of(size));
     const ProductsArgs<T> a{
         {data_of<T>(values, size, "values"), data_of<bool>(mask, size, "completion_mask"), size, blocks.data()},
         data_of<T>(dout, size, "dout"),
-        shift};
+        static_cast<T>(m.mean)};
     parallel_rows(blocks.size(), kMomentsBlock,
                   [&](int64_t begin, int64_t end) { RPP_CALL(products_blocks<T>, a, begin, end); });
-    double count = 0, sum = 0, products = 0;
-    for (const auto& b : blocks) count += b.count, sum += b.mean * b.count, products += b.squares;
-    const double mean_dout = count > 0 ? sum / count : 0;
-    const double scale = 2 * w.slope * (products + sum * (shift - m.mean)) / w.degrees;
-    const double offset = scale * (shift - m.mean) - w.inverse_std * mean_dout + (shift_mean ? 0 : mean_dout);
+    double sum = 0, products = 0;
+    for (const auto& b : blocks) sum += b.mean * b.count, products += b.squares;
     Tensor out;
     T* data = new_like<T>(values, {size}, out);
-    affine<T>({a.values, a.dout, a.mask, shift, static_cast<T>(scale), static_cast<T>(w.inverse_std),
-               static_cast<T>(offset), data},
-              size);
+    affine<T>({a.values, a.dout, a.mask, whitened_gradient<T>(m, w, shift_mean, sum, products), data}, size);
     return out;
   });
 }

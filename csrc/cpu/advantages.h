@@ -1,7 +1,7 @@
 #pragma once
 
 #include "cpu/isa.h"
-#include "cpu/moments.h"
+#include "statistics.h"
 
 namespace rpp {
 
@@ -22,12 +22,12 @@ struct ProductsArgs : MomentsArgs<T> {
   T shift;
 };
 
-// out = valid ? (value - shift) * scale + dout * dout_scale + offset : 0
+// Where valid; else 0.
 template <class T>
 struct AffineArgs {
   const T *values, *dout;  // dout may be null
   const bool* mask;        // may be null
-  T shift, scale, dout_scale, offset;
+  Affine<T> by;
   T* out;
 };
 

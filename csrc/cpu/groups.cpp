@@ -4,14 +4,14 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/moments.h"
+#include "groups.h"
 #include "ops.h"
 
 namespace rpp::cpu {
 namespace {
 
-enum class Baseline : int64_t { mean = 0, leave_one_out = 1, length_weighted = 2 };
-enum class Std : int64_t { none = 0, group = 1, batch = 2, leave_one_out = 3 };
+using Baseline = GroupOptions::Baseline;
+using Std = GroupOptions::Std;
 
 struct Group {
   double count = 0, mean = 0, std = 0;
@@ -20,30 +20,19 @@ struct Group {
   double sum_slope = 0, sum_moment = 0;  // backward through the standard deviations of the others
 };
 
-struct Options {
-  Baseline baseline;
-  Std std;
-  bool unbiased, keep_singletons;
-  double eps;
-
-  // What a centred score of a group of n is multiplied by.
-  double factor(double n) const { return baseline == Baseline::leave_one_out ? n / std::max(n - 1, 1.0) : 1; }
-  double degrees(double n) const { return std::max(n - unbiased, 1.0); }
-};
-
 template <class T>
 struct Groups {
   const T* scores;
   const int64_t* ids;     // null: groups of `size` in a row
   const double* lengths;  // null: all weigh the same
   int64_t batch, size;
-  Options options;
+  GroupOptions options;
   std::vector<Group> groups;
   Group whole;
   std::vector<Moments> others;  // of each score, where their standard deviation is asked for
 
   Groups(const Tensor& scores_tensor, const MaybeTensor& group_index, const MaybeTensor& lengths_tensor,
-         const MaybeTensor& moments, int64_t group_size, int64_t num_groups, Options o)
+         const MaybeTensor& moments, int64_t group_size, int64_t num_groups, GroupOptions o)
       : scores(data_of<T>(scores_tensor, scores_tensor.numel(), "scores")),
         ids(data_of<int64_t>(group_index, scores_tensor.numel(), "group_ids")),
         lengths(data_of<double>(lengths_tensor, scores_tensor.numel(), "lengths")),
@@ -112,10 +101,6 @@ struct Groups {
   }
 };
 
-Options options_of(int64_t baseline, int64_t std, bool unbiased, double eps, bool keep_singletons) {
-  return {static_cast<Baseline>(baseline), static_cast<Std>(std), unbiased, keep_singletons, eps};
-}
-
 }  // namespace
 
 Tensor group_advantages_fwd(Tensor scores, MaybeTensor group_index, MaybeTensor lengths, MaybeTensor moments,
@@ -123,7 +108,7 @@ Tensor group_advantages_fwd(Tensor scores, MaybeTensor group_index, MaybeTensor 
                             double eps, bool keep_singletons) {
   return for_float_type(scores, [&]<class T>(T*) {
     Groups<T> g(scores, group_index, lengths, moments, group_size, num_groups,
-                options_of(baseline, std, unbiased, eps, keep_singletons));
+                {baseline, std, unbiased, eps, keep_singletons});
     Tensor out;
     T* data = new_like<T>(scores, {g.batch}, out);
     for (int64_t i = 0; i < g.batch; ++i) data[i] = static_cast<T>(g.centered(i) * g.inverse_std(i));
@@ -136,7 +121,7 @@ Tensor group_advantages_bwd(Tensor dadvantages, Tensor scores, MaybeTensor group
                             double eps, bool keep_singletons) {
   return for_float_type(scores, [&]<class T>(T*) {
     Groups<T> g(scores, group_index, lengths, std::nullopt, group_size, num_groups,
-                options_of(baseline, std, unbiased, eps, keep_singletons));
+                {baseline, std, unbiased, eps, keep_singletons});
     const T* d = data_of<T>(dadvantages, g.batch, "dadvantages");
     const bool of_others = g.options.std == Std::leave_one_out;
     // d(std of the others of i) / d(another's score) = (that score - their mean) / (degrees * std)

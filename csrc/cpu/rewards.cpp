@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/scan.h"
+#include "gaps.h"
 #include "ops.h"
 
 namespace rpp::cpu {
@@ -54,11 +55,6 @@ struct Sequences {
                   [&](int64_t begin, int64_t end) { scan<Carry, forward>(cu, begin, end, step); });
   }
 };
-
-// What a masked token does to the sum that passes it: nothing, start it anew, or discount it as any token does.
-enum class Gap : int64_t { carry = 0, reset = 1, step = 2 };
-
-double factor_of_masked(Gap gap, double gamma) { return gap == Gap::step ? gamma : 1; }
 
 // carry_t = valid ? x_t + gamma carry : factor_of_masked carry. Between two valid tokens lie as many factors from
 // either side, so that the gradient of the returns is the same sum from the other end.

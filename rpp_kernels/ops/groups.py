@@ -26,7 +26,7 @@ from rpp_kernels.ops.checks import (
 if TYPE_CHECKING:  # some builds of torch have no torch.distributed
     from torch.distributed import ProcessGroup
 
-BASELINES = {"mean": 0, "leave-one-out": 1, "length-weighted": 2}  # csrc/cpu/groups.cpp, enum Baseline
+BASELINES = {"mean": 0, "leave-one-out": 1, "length-weighted": 2}  # csrc/groups.h, enum Baseline
 STDS = {"none": 0, "group": 1, "batch": 2, "leave-one-out": 3}  # enum Std
 
 

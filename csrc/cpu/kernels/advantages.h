@@ -61,8 +61,8 @@ template <class T>
 void affine_tokens(const AffineArgs<T>& a, int64_t begin, int64_t end) {
   using V = Vector<T>;
   for_each_vector<T>(begin, end, [&](int64_t i, int64_t n) {
-    V out = (load_tokens(a.values, i, n) - a.shift) * a.scale + a.offset;
-    if (a.dout) out += load_tokens(a.dout, i, n) * a.dout_scale;
+    V out = (load_tokens(a.values, i, n) - a.by.shift) * a.by.scale + a.by.offset;
+    if (a.dout) out += load_tokens(a.dout, i, n) * a.by.dout_scale;
     store_tokens(a.out, i, n, token_mask<T>(a.mask, i, n) ? out : V{});
   });
 }

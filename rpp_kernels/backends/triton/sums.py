@@ -54,7 +54,7 @@ def block_moments(x, valid):
 
 @triton.jit
 def with_moments(count, mean, squares, other_count, other_mean, other_squares):
-    """Both as one: csrc/cpu/moments.h."""
+    """Both as one: csrc/statistics.h."""
     total = count + other_count
     shift = other_mean - mean
     share = other_count / at_least(total, 1.0)
