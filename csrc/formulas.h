@@ -229,7 +229,8 @@ struct Ratio {
 template <class F>
 RPP_HD Ratio<F> ratio_of(F log_ratio, F most) {
   const F within = clamp(log_ratio, -most, most);
-  return {within, exponential(within), (log_ratio > most) | (log_ratio < -most)};
+  const Mask<F> beyond = (log_ratio > most) | (log_ratio < -most);
+  return {within, exponential(within), beyond};
 }
 
 template <class F>
@@ -276,8 +277,9 @@ template <class F>
 RPP_HD SurrogateLoss<F> cispo_surrogate(PolicyToken<F> t, SurrogateOptions<F> o) {  // epsilon_low, epsilon_high
   const F bottom = num<F>(1) - o.at[0], top = num<F>(1) + o.at[1], ratio = t.ratio.value;
   const Mask<F> counts = t.advantage != F{}, low = ratio<bottom, high = ratio> top;
+  const Mask<F> counts_low = counts & low, counts_high = counts & high;
   const F slope = -(low ? bottom : (high ? top : ratio)) * t.advantage;
-  return {.loss = slope * t.logp, .logp_slope = slope, .clipped_low = counts & low, .clipped_high = counts & high};
+  return {.loss = slope * t.logp, .logp_slope = slope, .clipped_low = counts_low, .clipped_high = counts_high};
 }
 
 template <class F>
@@ -293,10 +295,9 @@ RPP_HD SurrogateLoss<F> sapo_surrogate(PolicyToken<F> t, SurrogateOptions<F> o) 
 template <class F>
 RPP_HD SurrogateLoss<F> gmpo_surrogate(PolicyToken<F> t, SurrogateOptions<F> o) {  // epsilon_low, epsilon_high
   const F loss = -t.ratio.value * t.advantage;
-  return {.loss = loss,
-          .ratio_slope = loss,
-          .clipped_low = (t.advantage < F{}) & (t.log_ratio < -o.at[0]),
-          .clipped_high = (t.advantage > F{}) & (t.log_ratio > o.at[1])};
+  const Mask<F> low = (t.advantage < F{}) & (t.log_ratio < -o.at[0]);
+  const Mask<F> high = (t.advantage > F{}) & (t.log_ratio > o.at[1]);
+  return {.loss = loss, .ratio_slope = loss, .clipped_low = low, .clipped_high = high};
 }
 
 // What the ratio of a sequence is the mean of, and its derivative by the log-ratio of the token.
