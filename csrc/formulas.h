@@ -231,8 +231,6 @@ RPP_HD Ratio<F> ratio_of(F log_ratio, F most) {
   const F within = clamp(log_ratio, -most, most);
   const Mask<F> clamped = (log_ratio > most) | (log_ratio < -most);  // of two bool, | is an int
   return {within, exponential(within), clamped};
-  const Mask<F> beyond = (log_ratio > most) | (log_ratio < -most);
-  return {within, exponential(within), beyond};
 }
 
 template <class F>
@@ -282,9 +280,6 @@ RPP_HD SurrogateLoss<F> cispo_surrogate(PolicyToken<F> t, SurrogateOptions<F> o)
   const Mask<F> clipped_low = counts & low, clipped_high = counts & high;
   const F slope = -(low ? bottom : (high ? top : ratio)) * t.advantage;
   return {.loss = slope * t.logp, .logp_slope = slope, .clipped_low = clipped_low, .clipped_high = clipped_high};
-  const Mask<F> counts_low = counts & low, counts_high = counts & high;
-  const F slope = -(low ? bottom : (high ? top : ratio)) * t.advantage;
-  return {.loss = slope * t.logp, .logp_slope = slope, .clipped_low = counts_low, .clipped_high = counts_high};
 }
 
 template <class F>
