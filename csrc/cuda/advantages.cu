@@ -8,6 +8,12 @@ namespace {
 
 constexpr int kSumTiles = 2;  // of a block that sums: fewer leave more to the last block, more need registers
 
+// Of a multiprocessor, at least: left alone, ptxas would spill a few bytes of float64 to fit in one more.
+template <class T>
+constexpr int kAffineBlocks = sizeof(T) == 8 ? 4 : 6;
+template <class T>
+constexpr int kReinforcePPBlocks = sizeof(T) == 8 ? 2 : 3;
+
 int64_t summing_blocks(int64_t tokens) { return ceil_div(tokens, kSumTiles * kTileTokens); }
 
 // The tiles of this block, all on their way before the first is waited for.
@@ -69,7 +75,7 @@ struct AffineArgs {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kTokenThreads) affine_kernel(AffineArgs<T> a) {
+__global__ void __launch_bounds__(kTokenThreads, kAffineBlocks<T>) affine_kernel(AffineArgs<T> a) {
   Tile<T, 2> tile;
   tile.load({a.values, a.dout}, a.mask, tile_begin(blockIdx.x), {0, a.tokens});
   Affine<T>& shared = shared_memory<Affine<T>>();  // a root and divisions in float64, which one thread is enough for
@@ -165,7 +171,7 @@ struct ReinforcePPShared {
 };
 
 template <Kl estimator, class T>  // Kl::none where there are no ref_logps
-__global__ void __launch_bounds__(kTokenThreads) reinforce_pp_kernel(ReinforcePPArgs<T> a) {
+__global__ void __launch_bounds__(kTokenThreads, kReinforcePPBlocks<T>) reinforce_pp_kernel(ReinforcePPArgs<T> a) {
   ReinforcePPShared& shared = shared_memory<ReinforcePPShared>();
   const int64_t i = blockIdx.x;  // of no sequences one block finds that there are none
   const Range sequence = i < a.sequences ? sequence_of(a.cu_seqlens, i) : Range{0, 0};

@@ -20,8 +20,8 @@ __device__ __forceinline__ Moments moments_about(double shift, double count, dou
   return {count, count > 0 ? shift + rest : 0, about_mean < 0 ? 0 : about_mean};
 }
 
-// Of values that threads meet one after another, about the mean of the first to come: what another mean of all takes
-// from the squares is at most as many times their last digit as there are more values than those.
+// Of values that threads meet one after another, about the mean of the first to come. With m of those among n, squares
+// about it are at most 1 + n / m times those about the mean of all, and their rounding no more than that.
 struct RunningMoments {
   MomentsShared& shared;
   double shift = 0, count = 0, sum = 0, squares = 0;  // but for the shift of this thread

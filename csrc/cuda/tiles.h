@@ -24,7 +24,8 @@ struct Tile {
   __device__ __forceinline__ bool valid(int k) const { return counts >> 8 * k & 1; }
   __device__ __forceinline__ T value(int n, int k) const { return valid(k) ? raw[n][k] : T(0); }
 
-  // Of the places in `range`; a tensor may be null, and is 0 then. Nothing waits for what it loads.
+  // Of the places in `range`; a tensor may be null, and is 0 then. Where all are there, nothing
+  // waits for what it loads.
   __device__ __forceinline__ void load(const T* const (&from)[N], const bool* mask, int64_t first, Range range) {
     at = first, places = counts = 0;
 #pragma unroll
@@ -74,8 +75,7 @@ __device__ __forceinline__ int64_t tile_begin(int64_t step) {
 // comes to each. The next tile is on its way meanwhile.
 template <bool forward, class T, int N, class F>
 __device__ __forceinline__ void for_tiles(const T* const (&from)[N], const bool* mask, Range sequence, const F& f) {
-  const int64_t length = sequence.end - sequence.begin;
-  if (length <= 0) return;
+  if (sequence.begin >= sequence.end) return;
   const int64_t first = sequence.begin / kTokensEach * kTokensEach;
   const int64_t last = (sequence.end - 1) / kTokensEach * kTokensEach;
   const int64_t steps = ceil_div(last + kTokensEach - first, kTileTokens);
