@@ -73,6 +73,10 @@ struct PolicyArgs : LossArgs<T> {
   }
 };
 
+// That run on a multiprocessor at a time.
+template <class T>
+constexpr int kBlocksAtOnce = sizeof(T) == 4 ? 4 : 2;
+
 struct PolicyShared {
   SumsInBlock<3> log_ratios;
   SumsInBlock<2> moved;
@@ -139,7 +143,7 @@ __device__ __forceinline__ LogRatioSums sum_log_ratios(const PolicyArgs<T>& a, c
 
 // The slope of a token has a part of its own, and at Level::sequence a share of what moves the ratio of all tokens.
 template <Surrogate surrogate, class T>
-__global__ void __launch_bounds__(kTokenThreads) policy_kernel(PolicyArgs<T> a) {
+__global__ void __launch_bounds__(kTokenThreads, kBlocksAtOnce<T>) policy_kernel(PolicyArgs<T> a) {
   auto& shared = shared_memory<PolicyShared>();
   const Part part = a.sequences.part();
   const bool of_token = a.level == Level::token, moves_all = !of_token && a.level != Level::sequence_token;
@@ -157,12 +161,12 @@ __global__ void __launch_bounds__(kTokenThreads) policy_kernel(PolicyArgs<T> a) 
 
   struct Token {
     bool valid;
-    T logp, old_logp, advantage, weight, ref_logp, entropy, dloss;
+    T logp, old_logp, advantage, weight, ref_logp, entropy;
   };
   const auto load = [&](int64_t t) -> Token {
     const auto at = [&](const T* p) { return p ? p[t] : T(1); };
     return {!a.mask || a.mask[t], a.logps[t],      a.old_logps[t], a.advantage_of(t, part),
-            at(a.weights),        at(a.ref_logps), at(a.entropy),  at(a.dloss)};
+            at(a.weights),        at(a.ref_logps), at(a.entropy)};
   };
   double losses = 0, log_ratios = 0;  // of both signs: they cancel
   T ratios = 0, kls = 0, moved = 0, kl_moved = 0;
@@ -190,7 +194,7 @@ __global__ void __launch_bounds__(kTokenThreads) policy_kernel(PolicyArgs<T> a) 
       loss -= x.entropy * a.entropy_coef;
       a.entropy_slope[t] = -a.entropy_coef * sequence_weight;
     }
-    const T weight = sequence_weight * x.dloss;
+    const T weight = a.dloss ? sequence_weight * a.dloss[t] : sequence_weight;
     if (moves_all) moved += through * weight, kl_moved += through_kl * weight;
     else slope += through + through_kl;
     a.slope[t] = slope * weight;
@@ -207,8 +211,8 @@ __global__ void __launch_bounds__(kTokenThreads) policy_kernel(PolicyArgs<T> a) 
     const auto load_slope = [&](int64_t t) -> Token {
       const bool counts = !a.mask || a.mask[t];
       if constexpr (surrogate == Surrogate::gmpo)
-        return {counts, a.logps[t], a.old_logps[t], a.advantage_of(t, part), a.slope[t], T(0), T(0), T(0)};
-      return {counts, T(0), T(0), T(0), a.slope[t], T(0), T(0), T(0)};
+        return {counts, a.logps[t], a.old_logps[t], a.advantage_of(t, part), a.slope[t], T(0), T(0)};
+      return {counts, T(0), T(0), T(0), a.slope[t], T(0), T(0)};
     };
     for_tokens_of(part.tokens, load_slope, [&](int64_t t, const Token& x) {
       const T moves = log_ratio_term<surrogate>(x.logp - x.old_logp, x.advantage, a.options).slope;
@@ -243,7 +247,7 @@ struct ValueShared {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kTokenThreads) value_kernel(ValueArgs<T> a) {
+__global__ void __launch_bounds__(kTokenThreads, 4) value_kernel(ValueArgs<T> a) {
   auto& shared = shared_memory<ValueShared>();
   const Part part = a.sequences.part();
   T weight = 1;

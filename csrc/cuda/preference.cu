@@ -56,7 +56,7 @@ struct DpoShared {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kTokenThreads) dpo_kernel(DpoArgs<T> a) {
+__global__ void __launch_bounds__(kTokenThreads, 2) dpo_kernel(DpoArgs<T> a) {
   auto& shared = shared_memory<DpoShared>();
   const int64_t pair = blockIdx.x;
   const bool inside = 2 * pair < a.batch;  // but in the one block of an empty batch

@@ -110,6 +110,29 @@ def test_every_length(S, level, device):
     assert_close_to_reference(critic, x, ["values"])
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "lengths", [[0, 1, 511, 0, 513, 1200, 2, 0], [7] * 200, [0, 2500, 0]], ids=["mixed", "short", "long"]
+)
+@both_levels
+def test_sequences_that_share_blocks_of_tokens_and_blocks_that_share_a_sequence(lengths, level, backend, device):
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
+    T, B = int(cu_seqlens[-1]), len(lengths)
+    old_logps, d = torch.randn(T, device=device) / 4 - 1, torch.randn(T, device=device) / 8
+    mask = torch.rand(T, device=device) < 0.1
+    x = {"logps": old_logps + d, "old_logps": old_logps, "advantages": torch.randn(B, 1, device=device)}
+    call = {
+        "completion_mask": mask,
+        "cu_seqlens": cu_seqlens,
+        "importance_sampling_level": level,
+        "num_items_in_batch": 1,
+    }
+    got, want = rpp.policy_loss(**x, **call), reference.policy_loss(**x, **call)
+    assert_close(got.loss, want.loss, rtol=1e-4, atol=1e-4)
+    assert_close(got.stats.num_tokens, want.stats.num_tokens, rtol=0, atol=0)
+    assert_close(got.stats.num_sequences, want.stats.num_sequences, rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------- by hand
 
 
