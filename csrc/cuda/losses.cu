@@ -208,15 +208,19 @@ __global__ void __launch_bounds__(kTokenThreads, kBlocksAtOnce<T>) policy_kernel
     double sums[2] = {moved, kl_moved};
     block_sum(sums, shared.moved);
     const T share = static_cast<T>(sums[0] / divisor), kl_share = static_cast<T>(sums[1] / divisor);
-    const auto load_slope = [&](int64_t t) -> Token {
+    struct Moved {
+      bool valid;
+      T log_ratio, advantage, slope;
+    };
+    const auto load_moved = [&](int64_t t) -> Moved {
       const bool counts = !a.mask || a.mask[t];
       if constexpr (surrogate == Surrogate::gmpo)
-        return {counts, a.logps[t], a.old_logps[t], a.advantage_of(t, part), a.slope[t], T(0), T(0)};
-      return {counts, T(0), T(0), T(0), a.slope[t], T(0), T(0)};
+        return {counts, a.logps[t] - a.old_logps[t], a.advantage_of(t, part), a.slope[t]};
+      else return {counts, T(0), T(0), a.slope[t]};
     };
-    for_tokens_of(part.tokens, load_slope, [&](int64_t t, const Token& x) {
-      const T moves = log_ratio_term<surrogate>(x.logp - x.old_logp, x.advantage, a.options).slope;
-      if (x.valid) a.slope[t] = x.weight + share * moves + kl_share;
+    for_tokens_of(part.tokens, load_moved, [&](int64_t t, const Moved& x) {
+      const T moves = log_ratio_term<surrogate>(x.log_ratio, x.advantage, a.options).slope;
+      if (x.valid) a.slope[t] = x.slope + share * moves + kl_share;
     });
   }
   // Of a thread without a valid token the ratio of its sequence counts 0 times, even where it is infinite.
