@@ -3,12 +3,47 @@
 // memory of a cluster of blocks while its log-probs, and from them its slopes, become known.
 #include "cuda/policy.h"
 #include "cuda/row.h"
+#include "cuda/tokens.h"
 #include "ops.h"
 
 namespace rpp::cuda {
 namespace {
 
 constexpr int kMostRanks = 8;
+
+template <class T>
+struct PolicyInputs : PolicyNumbers<T> {
+  const T *old_logps, *advantages, *weights, *ref_logps;  // old_logps: null for those of the policy itself
+  Surrogate surrogate;
+  const double* scale;  // of the slopes of each token, or of all
+  bool scale_of_each;
+};
+
+template <class T>
+struct TokenSlopes {
+  T logps, entropy;  // d(loss) / d(logp), d(loss) / d(entropy)
+};
+
+template <class T>
+__device__ __forceinline__ TokenSlopes<T> token_slopes(const PolicyInputs<T>& a, int64_t t, T logp) {
+  const auto at = [&](const T* p) { return p ? p[t] : T(1); };
+  const T log_ratio = logp - (a.old_logps ? a.old_logps[t] : logp);
+  const Ratio<T> ratio = ratio_of(log_ratio, a.clamps.log_ratio);
+  const PolicyToken<T> token{logp, a.advantages[t], log_ratio, ratio, T(1)};
+  const auto slope_of = [&]<Surrogate surrogate>() {
+    const auto x = policy_terms<surrogate>(a, token, ratio, at(a.weights), a.ref_logps != nullptr, at(a.ref_logps));
+    return x.slope + (x.through + x.through_kl);
+  };
+  T slope = 0;
+  switch (a.surrogate) {  // those with a ratio for each token
+    case Surrogate::reinforce: slope = slope_of.template operator()<Surrogate::reinforce>(); break;
+    case Surrogate::cispo: slope = slope_of.template operator()<Surrogate::cispo>(); break;
+    case Surrogate::sapo: slope = slope_of.template operator()<Surrogate::sapo>(); break;
+    default: slope = slope_of.template operator()<Surrogate::clip>();
+  }
+  const double scale = a.scale[a.scale_of_each ? t : 0];
+  return {static_cast<T>(slope * scale), static_cast<T>(-a.entropy_coef * scale)};
+}
 
 template <class S, class D>
 struct ChunkPolicyArgs {
@@ -24,8 +59,6 @@ struct ChunkPolicyArgs {
   double softcap;
   int ranks;  // of a cluster
   PolicyInputs<T> policy;
-  const double* scale;  // of the slopes of each token, or of all
-  bool scale_of_each;
   T *logps, *entropy, *lse, *lse_rest;
 };
 
@@ -46,9 +79,7 @@ __device__ __forceinline__ void finish_row(const ChunkPolicyArgs<S, D>& a, int64
                                            ClusterShared<T>& shared) {
   const double temperature = a.token_temperature ? a.token_temperature[token] : a.temperature;
   const auto results = results_of<T>(sums, shared.target, temperature);
-  const auto slopes = token_slopes(a.policy, token, results.logps);
-  const double scale = a.scale[a.scale_of_each ? token : 0];
-  const T dlogps = static_cast<T>(slopes.logps * scale), dentropy = static_cast<T>(slopes.entropy * scale);
+  const auto [dlogps, dentropy] = token_slopes(a.policy, token, results.logps);
   shared.gradient = row_gradient(static_cast<double>(results.lse) + results.lse_rest,
                                  dentropy == 0 ? T(0) : results.entropy, temperature, dlogps, dentropy, T(0));
   shared.dlogps = dlogps;
@@ -194,8 +225,6 @@ struct SlopesArgs {
   PolicyInputs<T> policy;
   int64_t tokens;
   const bool* mask;
-  const double* scale;
-  bool scale_of_each;
   T *logps, *entropy, *lse, *lse_rest;  // become 0 where masked
   T *dlogps, *dentropy;
 };
@@ -208,9 +237,8 @@ __global__ void __launch_bounds__(kTokenThreads) slopes_kernel(SlopesArgs<T> a) 
       return;
     }
     const auto slopes = token_slopes(a.policy, t, a.logps[t]);
-    const double scale = a.scale[a.scale_of_each ? t : 0];
-    a.dlogps[t] = static_cast<T>(slopes.logps * scale);
-    a.dentropy[t] = static_cast<T>(slopes.entropy * scale);
+    a.dlogps[t] = slopes.logps;
+    a.dentropy[t] = slopes.entropy;
   });
 }
 
@@ -254,8 +282,6 @@ Statistics in_two_reads(const Tensor& dlogits, const Tensor& logits, const Tenso
   const SlopesArgs<T> slopes{a.policy,
                              tokens,
                              a.mask,
-                             a.scale,
-                             a.scale_of_each,
                              data(logps),
                              data(entropy),
                              data(lse),
@@ -283,7 +309,6 @@ Statistics chunk_policy_out(Tensor dlogits, Tensor logits, Tensor target_ids, Ma
                     "logits, dlogits: want (tokens, vocabulary) of rows without gaps");
     STD_TORCH_CHECK((std::is_same_v<S, T>) || softcap == 0, "softcap: want logits of float32 or float64 with it");
     const int64_t tokens = logits.size(0), vocab = logits.size(1), scales = scale.numel();
-    const auto number = [](double x) { return static_cast<T>(x); };
     STD_TORCH_CHECK(scales == 1 || scales == tokens, "scale: want one number, or one for each token");
     ChunkPolicyArgs<S, D> a{};
     a.logits = static_cast<const S*>(logits.data_ptr());
@@ -296,21 +321,15 @@ Statistics chunk_policy_out(Tensor dlogits, Tensor logits, Tensor target_ids, Ma
     a.temperature = temperature;
     a.token_temperature = data_of<T>(token_temperature, tokens, "temperature");
     a.softcap = softcap;
-    a.policy = {data_of<T>(old_logps, tokens, "old_logps"),
+    a.policy = {policy_numbers<T>(option_0, option_1, option_2, option_3, log_ratio_clamp, beta, kl_clamp, entropy_coef,
+                                  kl_estimator, kl_gradient, kl_bias_correction),
+                data_of<T>(old_logps, tokens, "old_logps"),
                 data_of<T>(advantages, tokens, "advantages"),
                 data_of<T>(weights, tokens, "weights"),
                 data_of<T>(ref_logps, tokens, "ref_logps"),
-                {{number(option_0), number(option_1), number(option_2), number(option_3)}},
-                number(log_ratio_clamp),
-                number(beta),
-                number(kl_clamp),
-                number(entropy_coef),
-                surrogate,
-                kl_estimator,
-                kl_gradient,
-                kl_bias_correction};
-    a.scale = data_of<double>(scale, scales, "scale");
-    a.scale_of_each = scales == tokens && scales > 1;
+                static_cast<Surrogate>(surrogate),
+                data_of<double>(scale, scales, "scale"),
+                scales == tokens && scales > 1};
     constexpr int N = kVector<D> > kVector<S> ? kVector<D> : kVector<S>;
     const int64_t most_bytes = most_shared_bytes(logits) - sizeof(ClusterShared<T>);
     a.ranks = cluster_of(vocab, N, sizeof(S), largest_cluster(logits), most_bytes);

@@ -1,5 +1,6 @@
 // policy_loss and value_loss: loss, gradient and statistics in one launch. Where no token's loss hangs on the rest of
 // its sequence, blocks take pieces of all tokens; else a block takes a sequence, and walks it up to three times.
+#include "cuda/policy.h"
 #include "cuda/sequences.h"
 #include "ops.h"
 
@@ -56,17 +57,12 @@ __device__ __forceinline__ void add_up(double (&sums)[K], const LossArgs<T>& a, 
 // ---- policy
 
 template <class T>
-struct PolicyArgs : LossArgs<T> {
+struct PolicyArgs : LossArgs<T>, PolicyNumbers<T> {
   const T *logps, *old_logps, *advantages;
   bool sequence_advantages;                        // one advantage for each sequence
   const T *weights, *ref_logps, *entropy, *dloss;  // each may be null; dloss multiplies each token's whole loss
   T* entropy_slope;                                // d(loss) / d(entropy), where there is entropy
   Level level;
-  SurrogateOptions<T> options;
-  KlClamps<T> clamps;
-  Kl kl_estimator, kl_gradient;
-  bool kl_bias_correction;
-  T beta, entropy_coef;
 
   __device__ T advantage_of(int64_t token, const Part& part) const {
     return advantages[sequence_advantages ? this->sequences.sequence_of(token, part) : token];
@@ -82,32 +78,6 @@ struct PolicyShared {
   SumsInBlock<2> moved;
   LossTotals<9> totals;
 };
-
-template <class T>
-struct KlTerm {
-  T value, slope;
-};
-
-template <class T>
-__device__ __forceinline__ KlTerm<T> kl_term(Kl estimator, T d, KlClamps<T> clamps) {
-  switch (estimator) {
-    case Kl::none: break;
-    case Kl::k1: return {kl_value<Kl::k1>(d, clamps), kl_slope<Kl::k1>(d, clamps)};
-    case Kl::k2: return {kl_value<Kl::k2>(d, clamps), kl_slope<Kl::k2>(d, clamps)};
-    case Kl::k3: return {kl_value<Kl::k3>(d, clamps), kl_slope<Kl::k3>(d, clamps)};
-    case Kl::abs: return {kl_value<Kl::abs>(d, clamps), kl_slope<Kl::abs>(d, clamps)};
-  }
-  return {};
-}
-
-// With the slope of kl_gradient: unclamped, where that is another estimator.
-template <class T>
-__device__ __forceinline__ KlTerm<T> kl_of(const PolicyArgs<T>& a, T d) {
-  auto kl = kl_term(a.kl_estimator, d, a.clamps);
-  if (a.kl_gradient != a.kl_estimator)
-    kl.slope = kl_term(a.kl_gradient, d, {a.clamps.log_ratio, std::numeric_limits<T>::infinity()}).slope;
-  return kl;
-}
 
 // Over a sequence: of its log-ratios, of what the surrogate makes of them, and how many valid tokens it has.
 struct LogRatioSums {
@@ -180,28 +150,21 @@ __global__ void __launch_bounds__(kTokenThreads, kBlocksAtOnce<T>) policy_kernel
     }
     const T d = x.logp - x.old_logp;
     const auto ratio = of_token ? ratio_of(d, a.clamps.log_ratio) : plain, of_surrogate = of_token ? ratio : of_terms;
-    const auto s = surrogate_loss<surrogate>(PolicyToken<T>{x.logp, x.advantage, d, of_surrogate, T(1)}, a.options);
-    T loss = s.loss * x.weight, slope = s.logp_slope * x.weight, through_kl = 0;
-    T through = of_surrogate.clamped ? T(0) : s.ratio_slope * x.weight;
-    if (a.ref_logps) {
-      const auto kl = kl_of(a, x.logp - x.ref_logp);
-      const T factor = a.kl_bias_correction ? a.beta * ratio.value : a.beta;
-      loss += kl.value * factor, slope += kl.slope * factor;
-      if (a.kl_bias_correction && !ratio.clamped) through_kl = kl.value * factor;
-      kls += kl.value;
-    }
+    const PolicyToken<T> token{x.logp, x.advantage, d, of_surrogate, T(1)};
+    auto terms = policy_terms<surrogate>(a, token, ratio, x.weight, a.ref_logps != nullptr, x.ref_logp);
+    kls += terms.kl;
     if (a.entropy) {
-      loss -= x.entropy * a.entropy_coef;
+      terms.loss -= x.entropy * a.entropy_coef;
       a.entropy_slope[t] = -a.entropy_coef * sequence_weight;
     }
     const T weight = a.dloss ? sequence_weight * a.dloss[t] : sequence_weight;
-    if (moves_all) moved += through * weight, kl_moved += through_kl * weight;
-    else slope += through + through_kl;
-    a.slope[t] = slope * weight;
-    if (a.loss) a.loss[t] = loss;
+    if (moves_all) moved += terms.through * weight, kl_moved += terms.through_kl * weight;
+    else terms.slope += terms.through + terms.through_kl;
+    a.slope[t] = terms.slope * weight;
+    if (a.loss) a.loss[t] = terms.loss;
     meet(a, part, t);
-    losses += loss, log_ratios += d, ratios += ratio.value;
-    valid += 1, low += s.clipped_low, high += s.clipped_high, dual += s.dual_clipped;
+    losses += terms.loss, log_ratios += d, ratios += ratio.value;
+    valid += 1, low += terms.low, high += terms.high, dual += terms.dual;
   });
 
   if (moves_all) {  // the ratio is one for all tokens, and each moves it by 1 / divisor
@@ -329,7 +292,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     bool sequence_mean, bool per_token) {
   return for_float_type(logps, [&]<class T>(T*) {
     const int64_t tokens = logps.numel(), count = cu_seqlens.numel() - 1;
-    const auto number = [](double x) { return static_cast<T>(x); };
     Tensor entropy_slope;
     PolicyArgs<T> a{};
     a.logps = data_of<T>(logps, tokens, "logps");
@@ -342,13 +304,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     a.dloss = data_of<T>(dloss, tokens, "dloss");
     a.entropy_slope = new_like<T>(logps, {entropy.has_value() ? tokens : 0}, entropy_slope);
     a.level = static_cast<Level>(level);
-    a.options = {number(option_0), number(option_1), number(option_2), number(option_3)};
-    a.clamps = {number(log_ratio_clamp), number(kl_clamp)};
-    a.kl_estimator = static_cast<Kl>(kl_estimator);
-    a.kl_gradient = static_cast<Kl>(kl_gradient);
-    a.kl_bias_correction = kl_bias_correction;
-    a.beta = number(beta);
-    a.entropy_coef = number(entropy_coef);
+    static_cast<PolicyNumbers<T>&>(a) =
+        policy_numbers<T>(option_0, option_1, option_2, option_3, log_ratio_clamp, beta, kl_clamp, entropy_coef,
+                          kl_estimator, kl_gradient, kl_bias_correction);
     const auto [loss, slope, stats] =
         fused_loss<9, T>(a, logps, mask, cu_seqlens, a.level == Level::token, sequence_mean, per_token,
                          sizeof(PolicyShared), policy_kernel_of<T>(surrogate));

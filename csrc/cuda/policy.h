@@ -1,54 +1,83 @@
-// The policy loss of a token whose ratio is its own, by its log-prob.
+// The policy loss of a token: what losses.cu sums and chunk_policy.cu differentiates by logits.
 #pragma once
 
-#include "cuda/tokens.h"
+#include "cuda/scalars.h"
 
 namespace rpp::cuda {
 
-// f.operator()<surrogate>() of a surrogate that has a ratio for each token.
-template <class F>
-RPP_HD auto with_surrogate(int64_t surrogate, const F& f) {
-  switch (static_cast<Surrogate>(surrogate)) {
-    case Surrogate::reinforce: return f.template operator()<Surrogate::reinforce>();
-    case Surrogate::cispo: return f.template operator()<Surrogate::cispo>();
-    case Surrogate::sapo: return f.template operator()<Surrogate::sapo>();
-    default: return f.template operator()<Surrogate::clip>();
-  }
+template <class T>
+struct PolicyNumbers {
+  SurrogateOptions<T> options;
+  KlClamps<T> clamps;
+  Kl kl_estimator, kl_gradient;
+  bool kl_bias_correction;
+  T beta, entropy_coef;
+};
+
+template <class T>
+PolicyNumbers<T> policy_numbers(double option_0, double option_1, double option_2, double option_3,
+                                double log_ratio_clamp, double beta, double kl_clamp, double entropy_coef,
+                                int64_t kl_estimator, int64_t kl_gradient, bool kl_bias_correction) {
+  const auto number = [](double x) { return static_cast<T>(x); };
+  return {{number(option_0), number(option_1), number(option_2), number(option_3)},
+          {number(log_ratio_clamp), number(kl_clamp)},
+          static_cast<Kl>(kl_estimator),
+          static_cast<Kl>(kl_gradient),
+          kl_bias_correction,
+          number(beta),
+          number(entropy_coef)};
 }
 
 template <class T>
-struct PolicyInputs {
-  const T *old_logps, *advantages, *weights, *ref_logps;  // old_logps: null for those of the policy itself
-  SurrogateOptions<T> options;
-  T log_ratio_clamp, beta, kl_clamp, entropy_coef;
-  int64_t surrogate, kl_estimator, kl_gradient;
-  bool kl_bias_correction;
+struct KlTerm {
+  T value, slope;
 };
 
 template <class T>
-struct TokenSlopes {
-  T logps, entropy;  // d(loss) / d(logp), d(loss) / d(entropy)
-};
-
-template <class T>
-__device__ __forceinline__ TokenSlopes<T> token_slopes(const PolicyInputs<T>& a, int64_t t, T logp) {
-  const T log_ratio = logp - (a.old_logps ? a.old_logps[t] : logp);
-  const Ratio<T> ratio = ratio_of(log_ratio, a.log_ratio_clamp);
-  const auto s = with_surrogate(a.surrogate, [&]<Surrogate surrogate>() {
-    return surrogate_loss<surrogate>(PolicyToken<T>{logp, a.advantages[t], log_ratio, ratio, T(1)}, a.options);
-  });
-  T slope = s.logp_slope + (ratio.clamped ? T(0) : s.ratio_slope);
-  if (a.weights) slope *= a.weights[t];
-  if (a.ref_logps) {
-    const T d = logp - a.ref_logps[t], unclamped = std::numeric_limits<T>::infinity();
-    const KlClamps<T> clamps = {a.log_ratio_clamp, a.kl_clamp};
-    const KlClamps<T> own = {a.log_ratio_clamp, a.kl_gradient == a.kl_estimator ? a.kl_clamp : unclamped};
-    const T dkl = with_estimator(a.kl_gradient, [&]<Kl k>() { return kl_slope<k>(d, own); });
-    slope += dkl * (a.kl_bias_correction ? a.beta * ratio.value : a.beta);
-    if (a.kl_bias_correction && !ratio.clamped)
-      slope += with_estimator(a.kl_estimator, [&]<Kl k>() { return kl_value<k>(d, clamps); }) * a.beta * ratio.value;
+__device__ __forceinline__ KlTerm<T> kl_term(Kl estimator, T d, KlClamps<T> clamps) {
+  switch (estimator) {
+    case Kl::none: break;
+    case Kl::k1: return {kl_value<Kl::k1>(d, clamps), kl_slope<Kl::k1>(d, clamps)};
+    case Kl::k2: return {kl_value<Kl::k2>(d, clamps), kl_slope<Kl::k2>(d, clamps)};
+    case Kl::k3: return {kl_value<Kl::k3>(d, clamps), kl_slope<Kl::k3>(d, clamps)};
+    case Kl::abs: return {kl_value<Kl::abs>(d, clamps), kl_slope<Kl::abs>(d, clamps)};
   }
-  return {slope, -a.entropy_coef};
+  return {};
+}
+
+// With the slope of kl_gradient: unclamped, where that is another estimator.
+template <class T>
+__device__ __forceinline__ KlTerm<T> kl_of(const PolicyNumbers<T>& a, T d) {
+  auto kl = kl_term(a.kl_estimator, d, a.clamps);
+  if (a.kl_gradient != a.kl_estimator)
+    kl.slope = kl_term(a.kl_gradient, d, {a.clamps.log_ratio, std::numeric_limits<T>::infinity()}).slope;
+  return kl;
+}
+
+template <class T>
+struct PolicyTerms {
+  T loss, slope;                  // the entropy's part aside; slope: d(loss) / d(logp) where no ratio moves
+  T through = 0, through_kl = 0;  // d(loss) / d(log of the ratio), of the surrogate and of the KL
+  T kl = 0;
+  bool low, high, dual;
+};
+
+// `plain` is the ratio, and that of `token` what the surrogate makes of it.
+template <Surrogate surrogate, class T>
+__device__ __forceinline__ PolicyTerms<T> policy_terms(const PolicyNumbers<T>& a, const PolicyToken<T>& token,
+                                                       const Ratio<T>& plain, T weight, bool with_kl, T ref_logp) {
+  const auto s = surrogate_loss<surrogate>(token, a.options);
+  PolicyTerms<T> out{s.loss * weight, s.logp_slope * weight};
+  out.low = s.clipped_low, out.high = s.clipped_high, out.dual = s.dual_clipped;
+  if (!token.ratio.clamped) out.through = s.ratio_slope * weight;
+  if (with_kl) {
+    const auto kl = kl_of(a, token.logp - ref_logp);
+    const T factor = a.kl_bias_correction ? a.beta * plain.value : a.beta;
+    out.loss += kl.value * factor, out.slope += kl.slope * factor;
+    if (a.kl_bias_correction && !plain.clamped) out.through_kl = kl.value * factor;
+    out.kl = kl.value;
+  }
+  return out;
 }
 
 }  // namespace rpp::cuda

@@ -72,6 +72,7 @@ def poisoned(mask, *tensors):
 def assert_close(actual, wanted, dtype):
     """Of one number at most a few roundings of its dtype, beside what is lost in logits of float32."""
     rtol = {f64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    wanted = wanted.detach()
     top = wanted[wanted.isfinite()].abs().max() if wanted.isfinite().any() else 1.0
     torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=rtol * 0.05 * float(top) + 1e-12)
 
