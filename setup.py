@@ -28,7 +28,8 @@ FLAGS += ["-Werror=switch", "-Werror=return-type"]  # a surrogate that one of th
 # Code for A100 and its like, Hopper and Blackwell; PTX of the newest, which later ones compile when it is first run.
 ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100": "sm_100,compute_100"}
 LEAST_NVCC = (12, 8)  # knows sm_100
-NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fvisibility=hidden,-g0"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda"]
+NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden,-g0"]
 NVCC_FLAGS += ["-U__CUDA_NO_HALF_CONVERSIONS__"]  # which torch defines, and csrc/cuda/scalars.h converts by
 NVCC_FLAGS += ["-Xptxas=--warn-on-spills,--warning-as-error"]  # a kernel that spills is to be cut smaller
 NVCC_FLAGS += [f"-gencode=arch=compute_{x},code=[{code}]" for x, code in ARCHITECTURES.items()]
@@ -77,7 +78,9 @@ def extension() -> CppExtension:
         raise SystemExit(f"rpp-kernels builds its native kernels on Linux only, this is {platform.system()}")
     home = with_cuda()
     sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]
-    macros, options = [*MACROS, ("RPP_CUDA_ARCHITECTURES", '""')], {}
+    macros = [*MACROS, ("RPP_CUDA_ARCHITECTURES", '""')]
+    # Conversions of float16 from libgcc.a: those of libgcc_s.so are of GCC 12, which manylinux_2_34 does not have.
+    libraries, library_dirs = ["gcc"], []
     if home is not None:
         # Not CUDAExtension, which links libraries that a torch without CUDA lacks. As none of torch's is linked, nvcc
         # need not be of the CUDA that torch was built with.
@@ -86,10 +89,8 @@ def extension() -> CppExtension:
         sources += [*CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")]
         names = " ".join(code.split(",")[0] for code in ARCHITECTURES.values())
         macros = [*MACROS, ("RPP_CUDA_ARCHITECTURES", f'"{names}"'), ("RPP_WITH_CUDA", None)]
-        options = {
-            "libraries": ["cudart_static", "dl", "pthread", "rt"],
-            "library_dirs": [f"{home}/lib64", *map(str, Path(home).glob("targets/*/lib"))],
-        }
+        libraries += ["cudart_static", "dl", "pthread", "rt"]
+        library_dirs += [f"{home}/lib64", *map(str, Path(home).glob("targets/*/lib"))]
     return CppExtension(
         "rpp_kernels._C",
         sorted(map(str, sources)),
@@ -97,7 +98,8 @@ def extension() -> CppExtension:
         define_macros=macros,
         extra_compile_args={"cxx": FLAGS, "nvcc": NVCC_FLAGS},
         py_limited_api=True,
-        **options,
+        libraries=libraries,
+        library_dirs=library_dirs,
     )
 
 
