@@ -45,7 +45,7 @@ aot: $(VENV)/installed  ## compile the Triton kernels for GPUs that are not here
 	$(ONE_THREAD) $(BIN)/python benchmarks/aot.py
 
 wheel: $(VENV)/installed-wheel  ## the wheel with CUDA kernels into dist/, audited and tried out; needs nvcc and no GPU
-	$(BIN)/python benchmarks/wheel.py
+	$(BIN)/python benchmarks/build_wheel.py
 
 lint: $(VENV)/installed  ## what pre-commit and CI check
 	$(BIN)/ruff check .

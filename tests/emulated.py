@@ -22,7 +22,9 @@ CSRC, HERE = ROOT / "csrc", ROOT / "tests" / "cuda"
 FLAGS = ["-O2", "-g0", "-fPIC", "-std=c++20", "-DRPP_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
-PROBLEM = None if shutil.which(os.environ.get("CXX", "g++")) else "there is no g++ to compile the CUDA kernels for a CPU"
+PROBLEM = (
+    None if shutil.which(os.environ.get("CXX", "g++")) else "there is no g++ to compile the CUDA kernels for a CPU"
+)
 
 
 def why_not(device: str) -> str | None:
