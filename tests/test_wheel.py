@@ -165,7 +165,7 @@ torch.testing.assert_close(rpp.whiten(x, process_group=dist.group.WORLD), rpp.wh
 dist.destroy_process_group()
 
 h, w = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-out = rpp.linear_loss(h, w, torch.arange(5), lambda logps, entropy, rows: -logps.sum())
+out = rpp.linear_loss(h, w, torch.arange(5), lambda logps, entropy, rows: -logps)
 (kept,) = torch.autograd.grad(out.loss, h, retain_graph=True)  # _get_current_graph_task_keep_graph
 ones = torch.eye(2)[0]
 both = torch.autograd.grad(out.loss, h, ones, is_grads_batched=True, retain_graph=True)[0]  # is_batchedtensor
