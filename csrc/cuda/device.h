@@ -11,6 +11,8 @@
 #include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/stream.h"
 #endif
 
 #include "checks.h"
@@ -162,10 +164,6 @@ void launch(const Tensor&, Grid grid, void (*kernel)(P...), A... arguments) {
 }
 
 #else
-
-cudaStream_t current_stream(int device);  // torch's
-void check(cudaError_t result, const char* what);
-int attribute(cudaDeviceAttr name, int device);
 
 // How many blocks a cluster has at most on every GPU that has clusters, and 1 on others.
 inline int largest_cluster(const Tensor& like) {

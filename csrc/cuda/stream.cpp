@@ -1,6 +1,8 @@
+#include "cuda/stream.h"
+
 #include <dlfcn.h>
 
-#include "cuda/device.h"
+#include "checks.h"
 
 namespace rpp::cuda {
 

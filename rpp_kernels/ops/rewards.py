@@ -23,6 +23,7 @@ from rpp_kernels.ops.checks import (
     result_dtype,
     sequence_starts,
 )
+from rpp_kernels.reference.shared import clamp
 
 if TYPE_CHECKING:  # some builds of torch have no torch.distributed
     from torch.distributed import ProcessGroup
@@ -134,7 +135,7 @@ def normalize_rewards(
     # One path for every backend: the whitening is the only step with a kernel, the rest is B numbers.
     scores = whiten(scores, eps=eps, process_group=process_group) if zscore else scores.to(result_dtype(scores))
     if clip is not None:
-        scores = scores.clamp(*clip)
+        scores = clamp(scores, *clip)
     return scale * scores
 
 

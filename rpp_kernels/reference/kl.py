@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rpp_kernels.reference.shared import result_dtype, select
+from rpp_kernels.reference.shared import clamp, result_dtype, select
 
 
 def kl_penalty(
@@ -28,12 +28,12 @@ def kl_penalty(
     d = select(logps.to(dtype) - ref_logps.to(dtype), completion_mask)
 
     def estimate(name: str) -> Tensor:
-        x = d.clamp(-log_ratio_clamp, log_ratio_clamp) if name == "k3" else d
+        x = clamp(d, -log_ratio_clamp, log_ratio_clamp) if name == "k3" else d
         return {"k1": lambda: x, "k2": lambda: 0.5 * x * x, "k3": lambda: torch.expm1(-x) + x, "abs": x.abs}[name]()
 
     value = estimate(estimator)
     if kl_clamp is not None:
-        value = value.clamp(-kl_clamp, kl_clamp)
+        value = clamp(value, -kl_clamp, kl_clamp)
     if gradient is None or gradient == estimator:
         return value
     if gradient == "none":

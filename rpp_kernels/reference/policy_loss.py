@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rpp_kernels.reference.kl import kl_penalty
-from rpp_kernels.reference.shared import padded, per_token, reduced, result_dtype, select
+from rpp_kernels.reference.shared import clamp, padded, per_token, reduced, result_dtype, select
 
 
 class PolicyStats(NamedTuple):
@@ -89,7 +89,7 @@ def _clip(
 ) -> SurrogateLoss:
     ratio, a, low, high = x.ratio, x.advantages, 1 - epsilon_low, 1 + epsilon_high
     dual_clipped = (a < 0) & (ratio > dual_clip)
-    loss = torch.maximum(-ratio * a, -ratio.clamp(low, high) * a)
+    loss = torch.maximum(-ratio * a, -clamp(ratio, low, high) * a)
     loss = torch.where(dual_clipped, -dual_clip * a, loss)
     return SurrogateLoss(loss, (a < 0) & (ratio < low), (a > 0) & (ratio > high), dual_clipped)
 
@@ -111,7 +111,7 @@ def _sapo(x: PolicyTokens, tau_positive: float = 1.0, tau_negative: float = 1.05
 
 def _gmpo(x: PolicyTokens, epsilon_low: float = 0.4, epsilon_high: float = 0.4) -> SurrogateLoss:
     d, a, sign = x.log_ratio, x.advantages, x.advantages.sign()
-    terms = sign * torch.minimum(sign * d, sign * d.clamp(-epsilon_low, epsilon_high))
+    terms = sign * torch.minimum(sign * d, sign * clamp(d, -epsilon_low, epsilon_high))
     ratio = x.ratio_of(torch.where(a == 0, 0.0, terms))
     return SurrogateLoss(-a * ratio, (a < 0) & (d < -epsilon_low), (a > 0) & (d > epsilon_high))
 
@@ -200,7 +200,7 @@ def policy_loss(
         elif importance_sampling_level == "sequence-token":
             # Its value is the mean, and its gradient that of the token; a log-ratio of -inf has none.
             log_ratio = mean.detach() + select(log_ratio - log_ratio.detach(), log_ratio.isfinite())
-        return log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
+        return clamp(log_ratio, -log_ratio_clamp, log_ratio_clamp).exp()
 
     a, ratio = tokens(per_token(advantages.detach(), logps, cu_seqlens)), ratio_of(d)
     x = PolicyTokens(tokens(logps), a, d, ratio, length, ratio_of)
@@ -266,7 +266,7 @@ def value_loss(
     error = (values - returns).square()
     squares, clipped = error, torch.zeros_like(mask)
     if epsilon is not None:
-        clipped_values = old_values + (values - old_values).clamp(-epsilon, epsilon)
+        clipped_values = old_values + clamp(values - old_values, -epsilon, epsilon)
         clipped_error = (clipped_values - returns).square()
         clipped = mask & ((values - old_values).abs() > epsilon) & (clipped_error > error)
         squares = torch.maximum(error, clipped_error)

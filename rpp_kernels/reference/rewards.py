@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rpp_kernels.reference.advantages import whiten
-from rpp_kernels.reference.shared import padded, result_dtype, select, unpadded
+from rpp_kernels.reference.shared import clamp, padded, result_dtype, select, unpadded
 
 if TYPE_CHECKING:  # some builds of torch have no torch.distributed
     from torch.distributed import ProcessGroup
@@ -40,7 +40,7 @@ def normalize_rewards(
     """scale * clip((scores - mean) / std, low, high) [R++ 3.4]; population std with variance floored at eps."""
     scores = whiten(scores, eps=eps, process_group=process_group) if zscore else scores.to(result_dtype(scores))
     if clip is not None:
-        scores = scores.clamp(*clip)
+        scores = clamp(scores, *clip)
     return scale * scores
 
 

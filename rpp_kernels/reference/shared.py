@@ -17,6 +17,11 @@ def select(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, 0.0)
 
 
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """x.clamp(low, high) with the gradient of x at the bounds themselves, where that of torch is 0 from 2.15 on."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def all_shards(x: Tensor, process_group: "ProcessGroup | None") -> Tensor:
     """The rows of all ranks in their order; differentiable in this rank's own."""
     if process_group is None:
