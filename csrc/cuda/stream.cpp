@@ -16,8 +16,8 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// By name, in the library that torch has loaded: a torch without CUDA has no such symbol, yet this extension, one for all
-// torches, is to load beside it. A weak symbol would stay null, as torch keeps its libraries' names to itself.
+// By name, in the library that torch has loaded: a torch without CUDA has no such symbol, yet this extension, one for
+// all torches, is to load beside it. A weak symbol would stay null, as torch keeps its libraries' names to itself.
 cudaStream_t current_stream(int device) {
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {

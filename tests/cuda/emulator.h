@@ -83,7 +83,6 @@ inline Machine& machine() {
 constexpr size_t kStack = 256 << 10, kGuard = 128;
 constexpr unsigned char kGuardByte = 0xa5;
 
-
 __attribute__((noinline)) inline void wait_for(Waits what) {
   Machine& m = machine();
   m.now->waits = what;
