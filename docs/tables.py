@@ -56,6 +56,14 @@ def native_cell(kernels: list[str]) -> str:
     return "yes" if all(dispatched(f"rpp_kernels_C::{k}", "CPU") for k in kernels) else "no"
 
 
+def cuda_cell(kernels: list[str]) -> str:
+    """By the sources: what is installed for development has no CUDA kernels."""
+    declared = re.findall(r"X\((\w+)\)", (ROOT / "csrc" / "ops.h").read_text())
+    if not set(kernels) <= set(declared):
+        return "no"
+    return "yes" if GPU_RESULTS.exists() else "not run yet"
+
+
 def triton_cell(kernels: list[str]) -> str:
     if not all(hasattr(triton.kernels(), k) for k in kernels):
         return "no"
@@ -69,9 +77,9 @@ def ops_table() -> str:
     rows = []
     for name, kernels in KERNELS.items():
         what = inspect.getdoc(getattr(rpp, name)).splitlines()[0].rstrip(".").replace("|", "\\|")
-        cells = [native_cell(kernels), triton_cell(kernels)] if kernels else ["PyTorch", "PyTorch"]
+        cells = [native_cell(kernels), cuda_cell(kernels), triton_cell(kernels)] if kernels else ["PyTorch"] * 3
         rows.append([f"`{name}`", what, "yes", *cells])
-    return markdown(["function", "what it gives", "reference", "native, CPU", "Triton, GPU"], rows)
+    return markdown(["function", "what it gives", "reference", "native, CPU", "native, CUDA", "Triton, GPU"], rows)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -35,7 +35,10 @@ def pytest_generate_tests(metafunc):
     """A test that asks for `backend` or `device` runs on every one; marked `kernels`, on all but the reference."""
     if "run" in metafunc.fixturenames:
         kernels = metafunc.definition.get_closest_marker("kernels")
-        runs = [run for run in RUNS if not kernels or run[0] != "reference"]
+        left_out = {"reference"} if kernels else set()
+        if {"worlds", "ranks"} & set(metafunc.fixturenames):  # whose processes have the backends of the package
+            left_out.add("emulated")
+        runs = [run for run in RUNS if run[0] not in left_out]
         metafunc.parametrize("run", runs, ids=map("-".join, runs), indirect=True)
 
 
