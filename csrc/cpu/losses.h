@@ -1,5 +1,6 @@
 #pragma once
 
+#include "choices.h"
 #include "cpu/isa.h"
 
 namespace rpp {
@@ -17,13 +18,6 @@ struct LossArgs {
 };
 
 constexpr int kLossSums = 9;
-
-enum class Level : int64_t {
-  token = 0,
-  sequence = 1,
-  sequence_token = 2,
-  sequence_sum = 3
-};  // LEVELS in ops/policy_loss.py
 
 template <class T>
 struct PolicyArgs : LossArgs<T> {

@@ -3,10 +3,10 @@
 #include <bit>
 #include <type_traits>
 
+#include "choices.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/scan.h"
-#include "gaps.h"
 #include "ops.h"
 
 namespace rpp::cpu {

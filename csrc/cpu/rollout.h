@@ -1,10 +1,9 @@
 #pragma once
 
+#include "choices.h"
 #include "cpu/isa.h"
 
 namespace rpp {
-
-enum class RolloutLevel : int64_t { token = 0, sequence = 1, geometric = 2 };
 
 constexpr int kRolloutSums = 5;  // RolloutStats, in its order
 

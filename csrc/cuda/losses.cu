@@ -1,18 +1,12 @@
 // policy_loss and value_loss: loss, gradient and statistics in one launch. Where no token's loss hangs on the rest of
 // its sequence, blocks take pieces of all tokens; else a block takes a sequence, and walks it up to three times.
+#include "choices.h"
 #include "cuda/policy.h"
 #include "cuda/sequences.h"
 #include "ops.h"
 
 namespace rpp::cuda {
 namespace {
-
-enum class Level : int64_t {
-  token = 0,
-  sequence = 1,
-  sequence_token = 2,
-  sequence_sum = 3
-};  // LEVELS in policy_loss.py
 
 template <class T>
 struct LossArgs {

@@ -1,12 +1,11 @@
 // rollout_weights: of a ratio of each token in pieces of all tokens; else a block takes a sequence, which it reads
 // twice.
+#include "choices.h"
 #include "cuda/sequences.h"
 #include "ops.h"
 
 namespace rpp::cuda {
 namespace {
-
-enum class RolloutLevel : int64_t { token = 0, sequence = 1, geometric = 2 };  // LEVELS in ops/rollout.py
 
 constexpr int kSums = 5;  // RolloutStats, in its order
 

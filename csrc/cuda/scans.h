@@ -2,8 +2,8 @@
 // either end (for_tiles). In float64.
 #pragma once
 
+#include "choices.h"
 #include "cuda/tiles.h"
-#include "gaps.h"
 
 namespace rpp::cuda {
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # some builds of torch have no torch.distributed
     from torch.distributed import ProcessGroup
 
 EPS_MODES = {"floor": 0, "add_var": 1, "add_std": 2}  # csrc/statistics.h, enum EpsMode
-GAPS = {"carry": 0, "reset": 1, "step": 2}  # csrc/gaps.h, enum Gap
+GAPS = {"carry": 0, "reset": 1, "step": 2}  # csrc/choices.h, enum Gap
 
 
 # ---------------------------------------------------------------- returns
