@@ -180,6 +180,7 @@ void launch(const Tensor& like, Grid grid, void (*kernel)(P...), A... arguments)
   STD_TORCH_CHECK(grid.blocks < int64_t{1} << 31, "more rows than a launch has blocks: ", grid.blocks);
   const int device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
+  check(cudaSetDevice(device), "cudaSetDevice");  // of the runtime within this extension, beside that of torch
   if (grid.shared_bytes > kSharedBytesUnasked)
     check(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)),

@@ -120,6 +120,8 @@ PYBIND11_MODULE(formulas, m) {
     const Range r = slice_of(vocab, rank, ranks, unit);
     return std::tuple(r.begin, r.end);
   });
+  m.attr("comfortable_bytes") = kComfortableBytes;
+  m.def("cluster_of", &cluster_of);
   m.def("column_of", &column_of);
   m.def("offset", [](int64_t vocab, int64_t inner, int64_t outer_stride, int64_t row_stride, int64_t row) {
     return Rows{vocab, inner, outer_stride, row_stride}.offset(row);

@@ -619,6 +619,27 @@ def test_slices_cover_each_column_once(ranks, unit):
         assert max(end - begin for begin, end in slices) <= size < -(-vocab // ranks) + unit
 
 
+@pytest.mark.parametrize("largest", [1, 8])
+@pytest.mark.parametrize(("unit", "item_bytes"), [(2, 8), (4, 4), (8, 4), (8, 2)])
+def test_a_cluster_is_as_small_as_is_comfortable(unit, item_bytes, largest):
+    """Ampere and Hopper: what a block may have less what the kernel keeps there beside the row."""
+    m, most = emulated.formulas(), (163 if largest == 1 else 227) * 1024 - 5000
+    for vocab in VOCABS:
+        ranks = m.cluster_of(vocab, unit, item_bytes, largest, most)
+        each = [m.slice_size(vocab, r, unit) * item_bytes for r in (1, 2, 4, 8) if r <= largest]
+        if ranks == 0:
+            assert min(each) > most
+            continue
+        assert ranks in (1, 2, 4, 8)
+        assert ranks <= largest
+        mine = m.slice_size(vocab, ranks, unit) * item_bytes
+        assert mine <= most
+        assert mine <= m.comfortable_bytes or ranks == largest
+        assert ranks == 1 or m.slice_size(vocab, ranks // 2, unit) * item_bytes > m.comfortable_bytes
+    assert m.cluster_of(32000, unit, item_bytes, largest, most) or (largest == 1 and item_bytes == 8)
+    assert m.cluster_of(151936, unit, item_bytes, 8, most)
+
+
 @pytest.mark.parametrize("vector", [1, 2, 4, 8])
 @pytest.mark.parametrize("unroll", [1, 2, 4])
 @pytest.mark.parametrize("threads", [1, 2, 32])

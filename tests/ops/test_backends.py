@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -16,7 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import rpp_kernels as rpp
 from rpp_kernels import backends
-from rpp_kernels.backends import native
+from rpp_kernels.backends import native, preference, triton
+from rpp_kernels.backends.preference import TABLE, Preference
 from rpp_kernels.testing import evaluate, make_batch
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +103,45 @@ def test_devices_without_kernels_have_the_reference():
     x = torch.zeros(2, 3, device="meta")
     assert backends.backend_of(x) == "reference"
     assert rpp.kl_penalty(x, x).shape == (2, 3)
+
+
+def test_each_preference_names_backends_and_what_it_rests_on():
+    for (op, where), line in TABLE.items():
+        assert op is None or op == "linear" or hasattr(rpp, op), op
+        assert where in ("cpu", "cuda", "xpu") or re.fullmatch(r"sm_\d+|gfx\w+", where), where
+        assert set(line.order) <= {"native", "triton"}
+        assert line.source
+
+
+def test_the_most_particular_preference_counts(monkeypatch):
+    lines = {(None, "cuda"): "any", (None, "sm_90"): "hopper", ("kl_penalty", "sm_90"): "kl", ("gae", "cuda"): "gae"}
+    for key, source in lines.items():
+        monkeypatch.setitem(TABLE, key, Preference(("native",), source))
+    monkeypatch.setattr(preference, "architecture", lambda device: "sm_90")
+    found = {op: preference.preferred(op, torch.device("cuda")).source for op in ("kl_penalty", "gae", "whiten", None)}
+    assert found == {"kl_penalty": "kl", "gae": "hopper", "whiten": "hopper", None: "hopper"}
+    monkeypatch.setattr(preference, "architecture", lambda device: "sm_80")
+    assert preference.preferred("gae", torch.device("cuda")).source == "gae"
+    assert preference.preferred("kl_penalty", torch.device("cuda")).source == "any"
+    assert preference.preferred("gae", torch.device("meta")) is None
+
+
+def test_what_is_preferred_and_does_not_work_is_passed_over(monkeypatch):
+    monkeypatch.setitem(TABLE, ("returns", "cpu"), Preference(("triton", "native"), "a test"))
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(native, "PROBLEM", None)
+    assert backends.backend_of(torch.zeros(1), "returns") == "native"
+
+
+@needs_native
+def test_an_extension_without_cuda_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(native, "ARCHITECTURES", "")
+    assert "RPP_KERNELS_BUILD=cuda" in native.why_not("cuda")
+    monkeypatch.setattr(native, "ARCHITECTURES", "sm_90a")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert native.why_not("cuda") is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "triton" in native.why_not("cuda")
 
 
 CHOSEN = "import torch, rpp_kernels; print(rpp_kernels.backends.backend_of(torch.zeros(1)))"
