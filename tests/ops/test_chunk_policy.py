@@ -1,12 +1,17 @@
 """The kernel that reads logits once: log-probs, and the gradient of the policy loss, against the spec in float64."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import rpp_kernels as rpp
 from rpp_kernels import backends, reference
+from rpp_kernels.ops.chunks import Chunks
 from rpp_kernels.ops.policy_loss import PolicyOptions, check_options
+from rpp_kernels.testing import assert_close_to_reference, make_batch
 
 f64 = torch.float64
 # What one block keeps, what two, four and eight keep, what no cluster keeps; whole vectors or not.
@@ -197,3 +202,34 @@ def test_no_tokens(kernel, device):
     scale = torch.ones(1, dtype=f64, device=device)
     results = run(kernel, logits, logits, ids, old, ref, advantages, weights, mask, scale, 1.0, 0.0, options())
     assert [x.shape for x in results] == [(0,)] * 4
+
+
+HEADS = {
+    "plain": {},
+    "a mean over sequences": {"reduction": "seq-mean-token-mean"},
+    "kl and entropy": {"beta": 0.1, "entropy_coef": 0.1},
+    "softcap and scale": {"softcap": 5.0, "logit_scale": 0.5},
+    "a divisor": {"num_items_in_batch": 7},
+}
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("how", HEADS)
+def test_linear_policy_loss_reads_once_where_it_skips_no_rows(kernel, device, how, batch_invariant, monkeypatch):
+    batch = make_batch(5, 9, vocab=50, hidden=8, device=device)
+    options = HEADS[how] | ({"ref_logps": batch["ref_logps"]} if "beta" in HEADS[how] else {})
+    chunks, once = [], Chunks.add_policy_gradient
+    monkeypatch.setattr(Chunks, "add_policy_gradient", lambda *a: chunks.append(a) or once(*a))
+
+    def loss(library, x):
+        names = "hidden_states", "weight", "target_ids", "old_logps", "advantages", "completion_mask"
+        return library.linear_policy_loss(*(x[name] for name in names), **options)
+
+    of_seven_tokens = 7 * 50 * (4 + 4 * 4)
+    for skip_rows in (True, False):
+        execution = {"skip_rows": skip_rows, "chunk_bytes": of_seven_tokens, "batch_invariant": batch_invariant}
+        ours = SimpleNamespace(linear_policy_loss=partial(rpp.linear_policy_loss, **execution))
+        assert_close_to_reference(
+            lambda f, x, ours=ours: loss(f if f is reference else ours, x), batch, ("hidden_states", "weight")
+        )
+        assert (len(chunks) > 1) != skip_rows
