@@ -11,7 +11,7 @@ IN_PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 export RPP_KERNELS_BUILD ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test test-slow test-triton parity bench aot wheel lint format build clean
+.PHONY: help demo demo-real test test-slow test-gpu-kernels parity bench aot wheel lint format build clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -23,14 +23,14 @@ demo-real: $(VENV)/installed-real  ## a few steps of SmolLM2-135M on reasoning-g
 	$(BIN)/rpp-train --config smollm2
 
 test: $(VENV)/installed  ## the tests, under ten minutes
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not interpreted" $(IN_PARALLEL)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not gpu_kernels" $(IN_PARALLEL)
 
 test-slow: $(VENV)/installed  ## the long ones: the demo on three seeds, the wheel, aarch64
 	$(BIN)/python -m pytest -m slow
 
 SHARE := 1
-test-triton: $(VENV)/installed  ## the rest of the Triton kernels' tests, interpreted: most of an hour; SHARE=4 runs a quarter
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "interpreted and not slow" $(IN_PARALLEL) --share $(SHARE)
+test-gpu-kernels: $(VENV)/installed  ## the rest of the tests of GPUs' kernels on this CPU: most of an hour; SHARE=4 runs a quarter
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "gpu_kernels and not slow" $(IN_PARALLEL) --share $(SHARE)
 
 parity: $(VENV)/installed-parity  ## our losses and advantages against those of TRL, verl, OpenRLHF and Liger
 	$(ONE_THREAD) RPP_KERNELS_REQUIRE_HOSTS=1 $(BIN)/python -m pytest tests/parity

@@ -29,6 +29,8 @@ RUNS = (
     ("triton", "cuda" if ON_GPU else "cpu"),
     ("native", "cuda") if ON_GPU else ("emulated", "cpu"),
 )
+# Of what stands in for a GPU, and takes its time: one case of a test in so many is among those of `make test`.
+ONE_IN = {("triton", "cpu"): 64, ("emulated", "cpu"): 16}
 
 
 def pytest_generate_tests(metafunc):
@@ -43,7 +45,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--share", type=int, default=1, help="of the cases marked interpreted only one in so many")
+    parser.addoption("--share", type=int, default=1, help="of the cases marked gpu_kernels only one in so many")
 
 
 def _of_a_world(item) -> bool:
@@ -51,18 +53,19 @@ def _of_a_world(item) -> bool:
 
 
 def pytest_collection_modifyitems(items, config):
-    """Of the interpreted cases of each test the first and every 64th behind it are among the others; `make test-triton`
-    runs the rest, and all of those that ask for a world, which runs whole. One worker has all worlds: each would start
-    its own."""
+    """Of the cases of each test on what stands in for a GPU the first and every so-manieth behind it are among the
+    others; `make test-gpu-kernels` runs the rest, and all of those that ask for a world, which runs whole. One worker
+    has all worlds: each would start its own."""
     for item in items:
         if _of_a_world(item):
             item.add_marker(pytest.mark.xdist_group("worlds"))
-    interpreted = [x for x in items if hasattr(x, "callspec") and x.callspec.params.get("run") == ("triton", "cpu")]
-    for _, cases in itertools.groupby(interpreted, lambda x: x.function):
-        for i, case in enumerate(cases):
-            if i % 64 or _of_a_world(case):
-                case.add_marker(pytest.mark.interpreted)
-    rest = [x for x in interpreted if x.get_closest_marker("interpreted")]
+    rest = []
+    for run, one_in in ONE_IN.items():
+        cases = (x for x in items if hasattr(x, "callspec") and x.callspec.params.get("run") == run)
+        for _, of_test in itertools.groupby(cases, lambda x: x.function):
+            rest += [case for i, case in enumerate(of_test) if i % one_in or _of_a_world(case)]
+    for case in rest:
+        case.add_marker(pytest.mark.gpu_kernels)
     left_out = {x for i, x in enumerate(rest) if i % config.option.share}
     items[:] = [x for x in items if x not in left_out]
     config.hook.pytest_deselected(items=left_out)
