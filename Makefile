@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread where tensors are small: on busy cores torch's waiting threads spin and slow each other down a hundredfold.
 ONE_THREAD := OMP_NUM_THREADS=1
-IN_PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
+IN_PARALLEL := -n auto --maxprocesses 8
 
 # The CUDA kernels take minutes to compile and nothing here runs them: what is installed for development has them only by
 # `make build RPP_KERNELS_BUILD=cuda`. The wheel has them always.

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,13 +53,25 @@ def _of_a_world(item) -> bool:
     return bool({"worlds", "ranks"} & set(getattr(item, "fixturenames", ())))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file whose tests ask for worlds stays with one worker: each would start its own. Others go test by test."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    root, tests = config.rootpath, Path(__file__).parent
+    of_worlds = {str(p.relative_to(root)) for p in tests.rglob("test_*.py") if "from worlds import" in p.read_text()}
+
+    class WorldsTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file in of_worlds else nodeid
+
+    return WorldsTogether(config, log)
+
+
 def pytest_collection_modifyitems(items, config):
     """Of the cases of each test on what stands in for a GPU the first and every so-manieth behind it are among the
-    others; `make test-gpu-kernels` runs the rest, and all of those that ask for a world, which runs whole. One worker
-    has all worlds: each would start its own."""
-    for item in items:
-        if _of_a_world(item):
-            item.add_marker(pytest.mark.xdist_group("worlds"))
+    others; `make test-gpu-kernels` runs the rest, and all of those that ask for a world, which runs whole."""
     rest = []
     for run, one_in in ONE_IN.items():
         cases = (x for x in items if hasattr(x, "callspec") and x.callspec.params.get("run") == run)
@@ -72,7 +85,6 @@ def pytest_collection_modifyitems(items, config):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "xdist_group: of pytest-xdist, without which the tests run too")
     config.addinivalue_line(
         "markers", "kernels: not for the reference, of which it holds by definition or by test_reference.py"
     )
