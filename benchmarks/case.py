@@ -98,12 +98,14 @@ def memory_floor(what: str, **phases: tuple[int, int]) -> Floor:
     return Floor(what, "GB", amount, lambda: Work(*(pass_over(*phases[phase]) for phase in phases)))
 
 
-def matmul_floor(tokens: int, vocab: int, hidden: int, *phases: str) -> Floor:
+def matmul_floor(
+    tokens: int, vocab: int, hidden: int, *phases: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Floor:
     """The three matrix products of a linear head, into memory that is there already; by default in all phases."""
 
     def work() -> Work:
-        x, weight = torch.randn(tokens, hidden), torch.randn(vocab, hidden)
-        logits = torch.empty(tokens, vocab)
+        x, weight = (torch.randn(n, hidden, dtype=dtype, device=device) for n in (tokens, vocab))
+        logits = x.new_empty(tokens, vocab)
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
 
         def forward() -> None:

@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from case import Case, Data
     from timing import Sample, Work
-    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = [sys.executable, str(Path(__file__).resolve())]
@@ -158,7 +157,7 @@ def bench(out: Path, commit: str) -> None:
                 data, functions = on_gpu(case.data()), load(case)[0]
                 works = {name: data.work(functions[name]) for name in works}
             result["rows"] += [asdict(Row(case.name, who, phase, note)) for who, note in notes for phase in case.phases]
-            everyone = {"floor": copy_of(case) if in_bytes else products_of(case, data.inputs), **works}
+            everyone = {"floor": copy_of(case) if in_bytes else case.floor.work(), **works}
             host: dict[str, list[float]] = {name: [] for name in everyone}
             samples = interleave(everyone, seconds=6.0, at_least=15, run=stopwatch(everyone, host))
             result["rows"] += rows_of(case, samples, errors)
@@ -197,25 +196,6 @@ def copy_of(case: "Case") -> "Work":
         return lambda _=None: out.copy_(source)
 
     return Work(copy("forward"), copy("backward") if "backward" in case.phases else None)
-
-
-def products_of(case: "Case", inputs: "Mapping[str, Tensor]") -> "Work":
-    """The three bare products of a head in the operands' dtype, into memory that is there already."""
-    import torch
-    from timing import Work
-
-    x, weight = inputs["hidden_states"][0], inputs["weight"]
-    logits = torch.empty(len(x), len(weight), dtype=x.dtype, device="cuda")
-    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-
-    def forward() -> None:
-        torch.mm(x, weight.T, out=logits)
-
-    def backward(_: None) -> None:
-        torch.mm(logits, weight, out=dx)
-        torch.mm(logits.T, x, out=dweight)
-
-    return Work(forward, backward)
 
 
 HEAD_START = 4_000_000  # cycles, about two milliseconds, in which the host goes ahead

@@ -128,7 +128,7 @@ def head(tokens: int, vocab: int, hidden: int, device: str = "cuda") -> tuple[Ca
                 f"{OURS}, Triton": plain(ours("Triton", False)),
                 "eager": plain(eager_policy_loss),
             },
-            floor=matmul_floor(tokens, vocab, hidden, "both"),
+            floor=matmul_floor(tokens, vocab, hidden, "both", dtype=torch.bfloat16, device=device),
             tolerance=5e-2,
         )
 
