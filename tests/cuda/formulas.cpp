@@ -6,6 +6,7 @@
 
 #include "cuda/index.h"
 #include "cuda/scalars.h"
+#include "cuda/tokens.h"
 
 namespace py = pybind11;
 using namespace rpp::cuda;
@@ -30,18 +31,6 @@ auto with_surrogate(int surrogate, const G& f) {
   throw py::value_error("surrogate");
 }
 
-template <class G>
-auto with_kl(int estimator, const G& f) {
-  switch (static_cast<Kl>(estimator)) {
-    case Kl::none: return f.template operator()<Kl::none>();
-    case Kl::k1: return f.template operator()<Kl::k1>();
-    case Kl::k2: return f.template operator()<Kl::k2>();
-    case Kl::k3: return f.template operator()<Kl::k3>();
-    case Kl::abs: return f.template operator()<Kl::abs>();
-  }
-  throw py::value_error("estimator");
-}
-
 template <class F>
 void define_formulas(py::module_ m) {
   m.def("exponential", [](F x) { return exponential(x); });
@@ -63,7 +52,8 @@ void define_formulas(py::module_ m) {
         });
   m.def("kl", [](int estimator, F d, F log_ratio_clamp, F kl_clamp) {
     const KlClamps<F> clamps{log_ratio_clamp, kl_clamp};
-    return with_kl(estimator, [&]<Kl k>() { return std::tuple(kl_value<k>(d, clamps), kl_slope<k>(d, clamps)); });
+    return with_estimator(estimator,
+                          [&]<Kl k>() { return std::tuple(kl_value<k>(d, clamps), kl_slope<k>(d, clamps)); });
   });
   m.def("rollout_weight", [](F log_ratio, F most, F low, F high, F below, F above) {
     const auto w = rollout_weight(log_ratio, RolloutBounds<F>{most, low, high, below, above});
