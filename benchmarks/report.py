@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import figures
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PHASES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
@@ -93,59 +95,31 @@ def summary(result: dict[str, Any]) -> str:
 
 def memory(result: dict[str, Any]) -> str:
     """One line for each number of tokens."""
-    m, peaks = result["machine"], _peaks(result)
+    m, peak_of = result["machine"], peaks(result)
     lines = [
         f"Peak MiB of one forward and backward, results and gradients included; H = {result['hidden']}, "
         f"V = {result['vocab']}, float32. The last column is the size of one copy of the logits. "
         f"{m['system']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}. Command: `{m['command']}`.",
         "",
-        f"| T | {' | '.join(peaks)} | T x V logits |",
-        f"|--:|{'--:|' * len(peaks)}--:|",
+        f"| T | {' | '.join(peak_of)} | T x V logits |",
+        f"|--:|{'--:|' * len(peak_of)}--:|",
     ]
     for tokens in sorted({row["tokens"] for row in result["rows"]}):
-        cells = ["x" if of[tokens] is None else f"{of[tokens]:.0f}" for of in peaks.values()]
-        lines.append(f"| {tokens} | {' | '.join(cells)} | {_logits_mib(result, tokens):.0f} |")
+        cells = ["x" if of[tokens] is None else f"{of[tokens]:.0f}" for of in peak_of.values()]
+        lines.append(f"| {tokens} | {' | '.join(cells)} | {logits_mib(result, tokens):.0f} |")
     if any(row["peak_extra_mib"] is None for row in result["rows"]):
         lines += ["", "x: not run, it would take more than 12 GiB."]
     return "\n".join(lines)
 
 
-def memory_plot(result: dict[str, Any], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    for (name, of), marker in zip(_peaks(result).items(), "osD", strict=True):
-        run = {n: peak for n, peak in of.items() if peak is not None}
-        (line,) = axes.plot(list(run), list(run.values()), marker=marker, markersize=4, label=name)
-        for n in of.keys() - run.keys():
-            axes.plot(n, max(run.values()) * n / max(run), "x", color=line.get_color(), markersize=8)
-    tokens = sorted({row["tokens"] for row in result["rows"]})
-    logits = [_logits_mib(result, n) for n in tokens]
-    axes.plot(tokens, logits, ":", color="gray", label="one copy of the logits")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(tokens, [f"{n // 1024}k" for n in tokens])
-    axes.set_yticks([100, 1024, 10240], ["100 MiB", "1 GiB", "10 GiB"])
-    axes.minorticks_off()
-    axes.set_xlabel("tokens")
-    axes.set_title(f"Peak extra memory, forward and backward (H = {result['hidden']}, V = {result['vocab']})", size=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def _peaks(result: dict[str, Any]) -> dict[str, dict[int, float | None]]:
-    peaks: dict[str, dict[int, float | None]] = {}
+def peaks(result: dict[str, Any]) -> dict[str, dict[int, float | None]]:
+    found: dict[str, dict[int, float | None]] = {}
     for row in result["rows"]:
-        peaks.setdefault(row["contestant"], {})[row["tokens"]] = row["peak_extra_mib"]
-    return peaks
+        found.setdefault(row["contestant"], {})[row["tokens"]] = row["peak_extra_mib"]
+    return found
 
 
-def _logits_mib(result: dict[str, Any], tokens: int) -> float:
+def logits_mib(result: dict[str, Any], tokens: int) -> float:
     return float(4 * tokens * result["vocab"] / 2**20)
 
 
@@ -207,7 +181,7 @@ if __name__ == "__main__":
     write(ROOT / "docs" / "performance.md", "linear", markdown(linear))
     write(ROOT / "README.md", "linear", summary(linear))
     measured = json.loads((RESULTS / "memory.json").read_text())
-    memory_plot(measured, ROOT / "docs" / "linear_memory.png")
+    figures.memory(measured, ROOT / "docs" / "linear_memory.png")
     write(ROOT / "docs" / "performance.md", "memory", memory(measured))
     write(ROOT / "docs" / "trainer.md", "demo", demo(json.loads((RESULTS / "demo.json").read_text())))
     write(ROOT / "docs" / "triton.md", "aot", aot(json.loads((RESULTS / "aot.json").read_text())))
