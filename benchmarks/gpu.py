@@ -162,7 +162,7 @@ def bench(out: Path, commit: str) -> None:
             samples = interleave(everyone, seconds=6.0, at_least=15, run=stopwatch(everyone, host))
             result["rows"] += rows_of(case, samples, errors)
             result["host_ms"][case.name] = {name: statistics.median(times) for name, times in host.items()}
-        except Exception as error:  # a case that fails is a fact to write down, and the next one comes
+        except (Exception, SystemExit) as error:  # a case that fails is a fact to write down, and the next one comes
             described["failed"] = f"{type(error).__name__}: {error}"[:300]
             print(case.name, described["failed"], flush=True)
         torch.cuda.empty_cache()
@@ -173,16 +173,10 @@ def green(case: "Case", data: "Data") -> "tuple[dict[str, Work], dict[str, float
     """Who can be timed, with the error of each, and why the others cannot."""
     from run import check, load
 
-    functions, reasons = load(case)
-    works, errors, notes = {}, {}, list(reasons.items())
-    for name, function in functions.items():
-        work = data.work(function)
-        try:
-            errors |= check(case, data, {name: work})
-            works[name] = work
-        except (Exception, SystemExit) as error:
-            notes.append((name, str(error)[:200]))
-    return works, errors, notes
+    functions, notes = load(case)
+    works = {name: data.work(function) for name, function in functions.items()}
+    errors, wrong = check(case, data, works)
+    return {name: works[name] for name in errors}, errors, [*notes.items(), *wrong.items()]
 
 
 def copy_of(case: "Case") -> "Work":
