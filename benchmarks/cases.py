@@ -47,6 +47,35 @@ def _our_logps(num_outputs: int) -> Loader:
     return lambda: lambda logits, target_ids: rpp.logps_from_logits(logits, target_ids)[:num_outputs]
 
 
+class _Given(torch.autograd.Function):
+    """Logits as a model's last layer leaves them: computed, and of no use to it after."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, memory: Tensor) -> Tensor:
+        return memory.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _InPlace:
+    """Each run loses its logits; they are written anew before the next one, outside the clock."""
+
+    def __init__(self, num_outputs: int):
+        self.num_outputs = num_outputs
+        self.memory: Tensor | None = None
+
+    def prepare(self, logits: Tensor, target_ids: Tensor) -> None:
+        if self.memory is None:
+            self.memory = torch.empty_like(logits)
+        self.memory.copy_(logits.detach())
+        self.logits = _Given.apply(logits, self.memory)
+
+    def __call__(self, logits: Tensor, target_ids: Tensor) -> Outputs:
+        return rpp.logps_from_logits(self.logits, target_ids, inplace_backward=True)[: self.num_outputs]
+
+
 def logps_case(
     name: str,
     dtype: torch.dtype,
@@ -65,7 +94,11 @@ def logps_case(
         why=why,
         data=lambda: _logits(dtype, num_outputs, rows, vocab, device),
         spec=lambda **inputs: reference.logps_from_logits(**inputs)[:num_outputs],
-        competitors={OURS: _our_logps(num_outputs), **competitors},
+        competitors={
+            OURS: _our_logps(num_outputs),
+            f"{OURS}, inplace_backward": lambda: _InPlace(num_outputs),
+            **competitors,
+        },
         floor=memory_floor(
             "one read of the logits; backward one read and one write", forward=(size, 0), backward=(size, size)
         ),

@@ -206,6 +206,8 @@ def stopwatch(works: "Mapping[str, Work]", host: dict[str, list[float]]) -> "Cal
 
     def run(work: "Work") -> Sample:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        if work.prepare:
+            work.prepare()
         flush.zero_()
         torch.cuda._sleep(HEAD_START)
         events[0].record()

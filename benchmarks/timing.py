@@ -26,6 +26,7 @@ class Work:
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None = None
+    prepare: Callable[[], None] | None = None  # before each forward, not timed
 
 
 class Sample(NamedTuple):
@@ -47,7 +48,10 @@ class Spread(NamedTuple):
 def differentiated(
     function: Callable[..., Outputs], inputs: Mapping[str, Tensor], wrt: Sequence[str], grads: Sequence[Tensor]
 ) -> Work:
-    """The work of calling a function, and of differentiating its first `len(grads)` outputs in the inputs of `wrt`."""
+    """The work of calling a function, and of differentiating its first `len(grads)` outputs in the inputs of `wrt`.
+
+    A function with a method `prepare` has that called with the inputs first.
+    """
     leaves = {name: x.detach().requires_grad_(name in wrt) for name, x in inputs.items()}
 
     def forward() -> Outputs:
@@ -56,7 +60,8 @@ def differentiated(
     def backward(outputs: Outputs) -> Outputs:
         return torch.autograd.grad(outputs[: len(grads)], [leaves[name] for name in wrt], list(grads))
 
-    return Work(forward, backward if wrt else None)
+    prepare = getattr(function, "prepare", None)
+    return Work(forward, backward if wrt else None, prepare and (lambda: prepare(**leaves)))
 
 
 class Results(NamedTuple):
@@ -66,6 +71,8 @@ class Results(NamedTuple):
 
 def results(work: Work) -> Results:
     """For the parity check."""
+    if work.prepare:
+        work.prepare()
     outputs = work.forward()
     gradients = work.backward(outputs) if work.backward else ()
     return Results(*([x.detach() for x in some] for some in (outputs, gradients)))
@@ -83,6 +90,8 @@ def relative_error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 def run_once(work: Work) -> Sample:
+    if work.prepare:
+        work.prepare()
     start = time.perf_counter()
     outputs = work.forward()
     middle = time.perf_counter()

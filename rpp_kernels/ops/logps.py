@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rpp_kernels import reference
 from rpp_kernels.backends import backend_of, kernels
-from rpp_kernels.ops import kernel_op, register_gradient
+from rpp_kernels.ops import kernel_op, no_second_derivative, register_gradient
 from rpp_kernels.ops.checks import (
     check_floats,
     check_mask,
@@ -28,7 +28,7 @@ def _rows_like(x: Tensor, rows: int) -> Tensor:
 
 
 def _logps_shapes(logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *_, sum_squares, _ = others
+    *_, sum_squares, _, _ = others
     rows = math.prod(logits.shape[:-1])  # not .numel(), which torch.compile takes for a constant
     return tuple(_rows_like(logits, n) for n in (rows, rows, rows, rows, rows if sum_squares else 0))
 
@@ -41,13 +41,21 @@ def logps_fwd(
     temperature: float,
     token_temperature: Tensor | None,
     sum_squares: bool,
+    inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps, entropy, lse, lse_rest, squares), each (T,); lse + lse_rest is the log-sum-exp in twice the precision,
-    squares are empty where not asked for."""
+    squares are empty where not asked for. `inplace_backward` is for the backward alone."""
     rows = logits, target_ids, mask, temperature, token_temperature
     logps, entropy, lse, lse_rest, squares = kernels(backend).logps_fwd(*rows, sum_squares)
     return logps, entropy, lse, lse_rest, squares
+
+
+def _write_gradient(dlogits: Tensor, logits: Tensor, *arguments: Any) -> None:
+    """`dlogits` is memory of its own, or `logits`. Arguments as of `logps_bwd`."""
+    *others, dlogps, dentropy, dlse, backend = arguments
+    grads = (None if d is None else d.contiguous() for d in (dlogps, dentropy, dlse))
+    kernels(backend).logps_bwd_out(dlogits, logits, *others, *grads)
 
 
 @kernel_op(lambda logits, *_: logits.new_empty(logits.shape))
@@ -66,23 +74,13 @@ def logps_bwd(
     backend: str,
 ) -> Tensor:
     dlogits = logits.new_empty(logits.shape)
-    kernels(backend).logps_bwd_out(
-        dlogits,
-        logits,
-        target_ids,
-        mask,
-        temperature,
-        token_temperature,
-        entropy,
-        lse,
-        lse_rest,
-        *(None if d is None else d.contiguous() for d in (dlogps, dentropy, dlse)),
-    )
+    rows = target_ids, mask, temperature, token_temperature, entropy, lse, lse_rest
+    _write_gradient(dlogits, logits, *rows, dlogps, dentropy, dlse, backend)
     return dlogits
 
 
 def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target_ids, mask, ctx.temperature, token_temperature, _, ctx.backend = inputs
+    logits, target_ids, mask, ctx.temperature, token_temperature, _, ctx.in_place, ctx.backend = inputs
     _, *rows, squares = output
     ctx.mark_non_differentiable(squares)
     ctx.save_for_backward(logits, target_ids, mask, token_temperature, *rows)
@@ -91,8 +89,15 @@ def _logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _logps_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, target_ids, mask, token_temperature, *rows = ctx.saved_tensors
-    dlogits = logps_bwd(logits, target_ids, mask, ctx.temperature, token_temperature, *rows, *grads[:3], ctx.backend)
-    return dlogits, None, None, None, None, None, None
+    arguments = target_ids, mask, ctx.temperature, token_temperature, *rows, *grads[:3], ctx.backend
+    if not ctx.in_place:
+        return logps_bwd(logits, *arguments), *(None,) * 7
+    if torch.is_grad_enabled():
+        no_second_derivative()
+    dlogits = logits.detach()
+    _write_gradient(dlogits, dlogits, *arguments)
+    torch.autograd.graph.increment_version(logits)  # autograd then refuses whoever still needs the logits
+    return dlogits, *(None,) * 7
 
 
 register_gradient(logps_fwd, _logps_backward, _logps_setup)
@@ -109,6 +114,7 @@ def logps_from_logits(
     *,
     temperature: float | Tensor = 1.0,  # or (T,) or (B, S)
     sum_squares: bool = False,
+    inplace_backward: bool = False,
 ) -> TokenLogps:
     """`(logits.float() / temperature).log_softmax(-1).gather(-1, target_ids[..., None]).squeeze(-1)`, and the entropy.
 
@@ -125,6 +131,10 @@ def logps_from_logits(
         sum_squares: also sum_j p_j^2, in the same read: verl's `sum_pi_squared`, of which its optimal token baseline
             makes the weight of a token, 1 - 2 p_y + sum_j p_j^2. Here alone: of `linear_logps` it would be one more
             output for each chunk and shard, which no loss asks for.
+        inplace_backward: the gradient may take the place of the logits, in their memory, as in flash-attn and verl: new
+            memory for it costs as much as its arithmetic. Contiguous logits are then lost in the backward. Whoever
+            needs them after it, as a tanh that made them does, is refused by autograd, and so is a second backward.
+            torch.compile, which decides about memory itself, takes no notice.
 
     Returns:
         TokenLogps(logps, entropy, lse, sum_squares), each of the shape of `target_ids`: float64 for float64 logits,
@@ -133,7 +143,8 @@ def logps_from_logits(
         constant, without a gradient, or None where not asked for.
 
     Raises:
-        ValueError: a shape, dtype, device, id or temperature that is not as above.
+        ValueError: a shape, dtype, device, id or temperature that is not as above; `inplace_backward` for logits that
+            nothing computed, a leaf of the graph.
     """
     check_floats("logits", logits, (2, 3))
     shape = logits.shape[:-1]
@@ -142,6 +153,9 @@ def logps_from_logits(
     check_mask(completion_mask, "the tokens of logits", shape, logits)
     check_target_ids(target_ids, completion_mask, shape, logits.shape[-1], logits)
     check_temperature(temperature, completion_mask, shape, logits)
+    in_place = inplace_backward and not torch.compiler.is_compiling()
+    if in_place and logits.is_leaf and logits.requires_grad:
+        fail("inplace_backward", "False for a leaf of the graph, which would be overwritten", inplace_backward)
     backend = backend_of(logits, "logps_from_logits")
     if backend == "reference":
         return reference.logps_from_logits(
@@ -155,6 +169,7 @@ def logps_from_logits(
         scalar,
         for_each_token,
         sum_squares,
+        in_place and logits.is_contiguous(),
         backend,
     )
     results = (logps, entropy, lse, squares) if sum_squares else (logps, entropy, lse)

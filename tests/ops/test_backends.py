@@ -234,7 +234,7 @@ def op_cases():
     )
     nothing, frozen, every = (False,) * 4, (True, False, False, False), (True,) * 4
     with torch.no_grad():
-        _, *forward, _ = torch.ops.rpp_kernels.logps_fwd(logits, ids, mask, 0.7, None, False, backend)
+        _, *forward, _ = torch.ops.rpp_kernels.logps_fwd(logits, ids, mask, 0.7, None, False, False, backend)
         linear = torch.ops.rpp_kernels.linear_logps_fwd(*plain, 8, False)[1:5]
         _, moments = torch.ops.rpp_kernels.whiten_fwd(advantages, mask, True, False, 1e-8, 0, "", backend)
     policy = x["logps"], x["old_logps"]
@@ -250,9 +250,9 @@ def op_cases():
     whitening = True, False, 1e-8, 0
     return {
         "logps_fwd": [
-            (logits, ids, mask, 0.7, None, False, backend),
-            (logits, ids, mask, 0.7, None, True, backend),
-            (logits, ids, None, 1.0, rows + 0.5, False, backend),
+            (logits, ids, mask, 0.7, None, False, False, backend),
+            (logits, ids, mask, 0.7, None, True, False, backend),
+            (logits, ids, None, 1.0, rows + 0.5, False, False, backend),
         ],
         "logps_bwd": [
             (logits, ids, mask, 0.7, None, *forward, rows, None, None, backend),
@@ -370,7 +370,9 @@ def test_fake_kernels_know_the_strides_of_gradients_of_views(V):
     # What torch.compile plans with has to be what comes: opcheck with logits that are a slice.
     logits = torch.randn(2, 4, V)[:, :-1].requires_grad_()
     ids = torch.zeros(6).long()
-    torch.library.opcheck(torch.ops.rpp_kernels.logps_fwd.default, (logits, ids, None, 1.0, None, True, "native"))
+    torch.library.opcheck(
+        torch.ops.rpp_kernels.logps_fwd.default, (logits, ids, None, 1.0, None, True, False, "native")
+    )
 
 
 # ---------------------------------------------------------------- torch.compile

@@ -289,6 +289,78 @@ def with_squares(f, x, mask=None, temperature=1.0):
     return f.logps_from_logits(x["logits"], x["target_ids"], mask, temperature=temperature, sum_squares=True)
 
 
+# ---------------------------------------------------------------- a gradient in the place of the logits
+
+
+def given_and_gradient(x, mask=None, inplace_backward=True):
+    """The logits that an op computed, and the gradient of a leaf behind them."""
+    leaf = x["logits"].clone().requires_grad_()
+    logits = leaf * 1.0
+    out = rpp.logps_from_logits(logits, x["target_ids"], mask, temperature=0.7, inplace_backward=inplace_backward)
+    (gradient,) = torch.autograd.grad(out.logps.sum() + 0.3 * out.entropy.sum(), logits)
+    return logits, gradient
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [1, 33, 4099])
+def test_a_gradient_in_the_place_of_the_logits_is_the_same_to_the_last_bit(V, dtype, device):
+    x = rows(5, V, dtype=dtype, device=device)
+    mask = torch.tensor([True, False, True, True, True], device=device)
+    _, wanted = given_and_gradient(x, mask, inplace_backward=False)
+    logits, gradient = given_and_gradient(x, mask)
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert_identical(gradient, wanted)
+
+
+@pytest.mark.kernels
+def test_logits_in_pieces_and_a_gradient_of_nothing_are_left_alone(device):
+    x = rows(5, 33, device=device)
+    wide = torch.cat([x["logits"], x["logits"]], 1).requires_grad_()
+    logits = (wide * 1.0)[:, :33]
+    before = logits.detach().clone()
+    rpp.logps_from_logits(logits, x["target_ids"], inplace_backward=True).logps.sum().backward()
+    assert_identical(logits.detach(), before)
+    with torch.no_grad():
+        rpp.logps_from_logits(x["logits"], x["target_ids"], inplace_backward=True)
+    assert_identical(x["logits"], before)
+
+
+@pytest.mark.kernels
+def test_whoever_still_needs_the_logits_is_refused(device):
+    x = rows(5, 33, device=device)
+    leaf = x["logits"].clone().requires_grad_()
+
+    def loss(logits):
+        return rpp.logps_from_logits(logits, x["target_ids"], inplace_backward=True).logps.sum()
+
+    with pytest.raises(ValueError, match="inplace_backward: want False for a leaf"):
+        loss(leaf)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss(leaf.tanh()).backward()
+    twice = loss(leaf * 1.0)
+    twice.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        twice.backward()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss(leaf * 1.0), leaf, create_graph=True)
+
+
+@pytest.mark.kernels
+def test_torch_compile_takes_no_notice_of_it(device):
+    x = rows(5, 33, device=device)
+    _, wanted = given_and_gradient(x, inplace_backward=False)
+    leaf = x["logits"].clone().requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(leaf):
+        out = rpp.logps_from_logits(leaf * 1.0, x["target_ids"], temperature=0.7, inplace_backward=True)
+        return out.logps.sum() + 0.3 * out.entropy.sum()
+
+    loss(leaf).backward()
+    assert_close(leaf.grad, wanted)
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("V", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
