@@ -108,7 +108,7 @@ def interleave(
     *,
     rounds: int | None = None,
     seconds: float = 10.0,
-    at_least: int = 9,
+    at_least: int = 5,
     at_most: int = 100,
     run: Callable[[Work], Sample] = run_once,
 ) -> dict[str, list[Sample]]:
