@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 COMMITTED = HERE / "results" / "instructions.json"
 ISAS = ("avx2", "plain")
-# Two runs of one build do not differ in a single instruction; peaks move by a megabyte or two.
-LIMITS = {"kernels": 1.05, "functions": 1.05, "memory": 1.10}
+# Two runs of one build on one machine do not differ by one instruction, and peaks by a megabyte. Beside the kernels a call
+# runs libraries that choose their code by the processor: MKL, libc.
+LIMITS = {"kernels": 1.05, "functions": 1.10, "memory": 1.10}
 OTHER_COMPILER = 1.25  # not measured: there was one compiler to try
 
 
