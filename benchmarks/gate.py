@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 COMMITTED = HERE / "results" / "instructions.json"
 ISAS = ("avx2", "plain")
-# Two runs of one build on one machine do not differ by one instruction, and peaks by a megabyte. Beside the kernels a call
+# Two runs of one build on one machine do not differ by an instruction, peaks by a megabyte. Beside its kernel a call
 # runs libraries that choose their code by the processor: MKL, libc.
 LIMITS = {"kernels": 1.05, "functions": 1.10, "memory": 1.10}
 OTHER_COMPILER = 1.25  # not measured: there was one compiler to try
