@@ -101,9 +101,10 @@ def buffers(shape: Shape, contestant: str, cpu: bool) -> dict[str, float]:
     width = WIDTH[shape.dtype]
     found = {"gradients": width * (shape.head + shape.tokens * shape.hidden)}
     if contestant == EAGER:
-        # In float32 the log-softmax that is kept, the gradient of its gather and its own; and what of half operands
-        # is half itself is gone by then.
-        return found | {"logits": 3 * 4 * shape.logits, "of each token": 12 * shape.tokens}
+        # The log-softmax that is kept, the gradient of its gather and its own, in float32; or later the last of these
+        # beside the gradients.
+        most = max(found["gradients"], 8 * shape.logits)
+        return {"logits, and gradients when these are gone": most + 4 * shape.logits}
     wide = cpu or shape.dtype == "float16"  # products of float32 operands
     operand = 4 if wide else width
     logits, gradients = chunks(shape, cpu)
@@ -213,7 +214,8 @@ class Checked(NamedTuple):
 
 
 def checks() -> list[Checked]:
-    """Every measured point beside its prediction. Those of linear.json took no part in the fit."""
+    """Every measured point beside its prediction. Those of linear.json, if they are of the same machine, took no part in
+    the fit."""
     scaling, memory, linear = (json.loads((RESULTS / f"{x}.json").read_text()) for x in ("scaling", "memory", "linear"))
     rates = fitted(scaling)
     found = [
@@ -226,7 +228,8 @@ def checks() -> list[Checked]:
         for shape, measured in measured_times(scaling, contestant)
     ]
     names = {"rpp-kernels": FUSED, "rpp-kernels, linear_logps then policy_loss": THEN, "eager": EAGER}
-    for row in linear["rows"]:
+    same = all(scaling["machine"][key] == linear["machine"][key] for key in ("cpu", "threads"))
+    for row in linear["rows"] if same else []:
         if row["case"] == "linear_policy_loss" and row["competitor"] in names and row["median_ms"]:
             shape, contestant = Shape(1024, 32000, 1024), names[row["competitor"]]
             predicted = cpu_seconds(shape, contestant, rates)

@@ -189,6 +189,8 @@ def scaling(result: dict[str, Any]) -> str:
 
 
 def threads(result: dict[str, Any]) -> str:
+    if not result["threads"]:
+        return "Not measured: `scaling.py` ran on one thread."
     lines = ["| function | size | | ms, 1 thread | ms, 2 threads | faster by |", "|---|---|---|--:|--:|--:|"]
     for row in result["threads"]:
         cells = [f"`{row['name']}`", row["sizes"], row["contestant"], *(_digits(ms[0]) for ms in row["ms"].values())]

@@ -1,4 +1,4 @@
-"""How cost grows: `python benchmarks/scaling.py [--only NAME ...] [--json FILE]`, some five minutes on two cores.
+"""How cost grows: `python benchmarks/scaling.py [--only NAME ...] [--json FILE]`, some four minutes on two cores.
 
 One size at a time grows and the others stay: tokens, vocabulary and hidden size of a head, tokens and vocabulary of
 logits, the size of groups, the length of sequences. Ours, eager code and a floor of bare library calls take turns, as
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from timing import Work
 
 HERE = Path(__file__).resolve().parent
-THREADS = 2
 LEAST, MOST = 5, 25  # rounds
 SECONDS = 1.0  # of rounds beyond the least, for each size
 T, V, H = 512, 16384, 512  # of a head, while one of them grows
@@ -34,10 +33,8 @@ THEN = "rpp-kernels, linear_logps then policy_loss"
 PEAKS = [
     (512, 32000, 256, "float32"),
     (4096, 32000, 256, "float32"),
-    (4096, 8192, 256, "float32"),
     (1024, 65536, 256, "float32"),
     (1024, 32000, 1024, "float32"),
-    (512, 32000, 256, "bfloat16"),
     (4096, 32000, 256, "bfloat16"),
     (1024, 32000, 1024, "bfloat16"),
 ]
@@ -57,16 +54,17 @@ class Line:
 
 def main() -> None:
     args = _parse()
-    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.peak:
         print(json.dumps(_peak(*json.loads(args.peak))))
         return
     from run import machine
 
     chosen = [line for line in lines() if not args.only or line.name.startswith(tuple(args.only))]
-    described = machine(THREADS, " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]]))
+    described = machine(args.threads, " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]]))
     measured = [_measured(line) for line in chosen]
-    threads = [row for line in {line.name: line for line in chosen}.values() for row in _threads(line)]
+    each = {line.name: line for line in chosen}.values()
+    threads = [row for line in each for row in _threads(line, args.threads)] if args.threads > 1 else []
     peaks = [] if args.only else list(_peaks())
     result = {"machine": described, "lines": measured, "threads": threads, "peaks": peaks}
     if args.json:
@@ -118,28 +116,29 @@ def lines() -> list[Line]:
             tolerance=1e-4,
         )
 
-    def sequences(name: str, eager: str) -> Callable[[int], Case]:
-        case, tokens = BY_NAME[name], math.prod(BY_NAME["returns"].data().inputs["rewards"].shape)
+    def sequences(name: str, eager: str, **floor: tuple[int, int]) -> Callable[[int], Case]:
+        """The floor is bytes read and written of each token."""
+        case = BY_NAME[name]
+        whole = case.data()
 
         def of(length: int) -> Case:
-            batch, whole = make_batch(SEQUENCES, length), case.data()
-            data = replace(whole, inputs={k: batch[k] for k in whole.inputs})
-            share = SEQUENCES * length / tokens  # of the bytes of the case's own shape
-            amount = {phase: int(share * n) for phase, n in case.floor.amount.items() if phase != "both"}
-            floor = memory_floor("", **{phase: (n, 0) for phase, n in amount.items()})
-            competitors = {OURS: case.competitors[OURS], "eager": case.competitors[eager]}
-            return replace(case, data=lambda: data, floor=floor, competitors=competitors)
+            batch, tokens = make_batch(SEQUENCES, length), SEQUENCES * length
+            return replace(
+                case,
+                data=lambda: replace(whole, inputs={k: batch[k] for k in whole.inputs}),
+                floor=memory_floor("", **{k: (tokens * read, tokens * wrote) for k, (read, wrote) in floor.items()}),
+                competitors={OURS: case.competitors[OURS], "eager": case.competitors[eager]},
+            )
 
         return of
 
     of_head, of_logits = f"T = {T}, V = {V}, H = {H}", "T = 256, V = 16384"
     of_length = f"{SEQUENCES} sequences"
     lengths = [64 << i for i in range(9)]
-    cumsum = "eager, flip + cumsum"
     return [
-        Line("linear_policy_loss", "H", of_head, [32 << i for i in range(7)], lambda n: head(h=n), H),
-        Line("linear_policy_loss", "V", of_head, [1024 << i for i in range(7)], lambda n: head(v=n), V),
-        Line("linear_policy_loss", "T", of_head, [64 << i for i in range(7)], lambda n: head(t=n), T),
+        Line("linear_policy_loss", "H", of_head, [32 << i for i in range(6)], lambda n: head(h=n), H),
+        Line("linear_policy_loss", "V", of_head, [1024 << i for i in range(6)], lambda n: head(v=n), V),
+        Line("linear_policy_loss", "T", of_head, [64 << i for i in range(6)], lambda n: head(t=n), T),
         Line("logps_from_logits", "V", of_logits, [512 << i for i in range(9)], lambda n: logits(vocab=n), 16384),
         Line("logps_from_logits", "T", of_logits, [8 << i for i in range(9)], lambda n: logits(rows=n), 256),
         Line(
@@ -150,11 +149,30 @@ def lines() -> list[Line]:
             group_advantages,
             32,
         ),
-        Line("returns", "length", of_length, lengths, sequences("returns", cumsum + " (gamma = 1 only)"), 4096),
         Line(
-            "reinforce_pp_advantages", "length", of_length, lengths, sequences("reinforce_pp_advantages", cumsum), 4096
+            "returns",
+            "length",
+            of_length,
+            lengths,
+            sequences("returns", "eager, flip + cumsum (gamma = 1 only)", forward=(5, 4)),
+            4096,
         ),
-        Line("policy_loss", "length", of_length, lengths, sequences("policy_loss", "eager"), 4096),
+        Line(
+            "reinforce_pp_advantages",
+            "length",
+            of_length,
+            lengths,
+            sequences("reinforce_pp_advantages", "eager, flip + cumsum", forward=(9, 4)),
+            4096,
+        ),
+        Line(
+            "policy_loss",
+            "length",
+            of_length,
+            lengths,
+            sequences("policy_loss", "eager", forward=(13, 0), backward=(0, 4)),
+            4096,
+        ),
     ]
 
 
@@ -197,13 +215,13 @@ def fitted(points: Sequence[tuple[float, float]]) -> dict[str, float]:
 # ---------------------------------------------------------------- one thread and two
 
 
-def _threads(line: Line) -> Iterator[dict[str, Any]]:
-    """Everyone with each number of threads in the same rounds."""
+def _threads(line: Line, most: int) -> Iterator[dict[str, Any]]:
+    """Everyone on one thread and on all of them, in the same rounds."""
     import torch
     from timing import Sample, interleave, median_ratio, run_once, spread
 
     case = line.case(line.alone)
-    both = {(name, n): replace(work) for n in (1, THREADS) for name, work in _works(case).items()}
+    both = {(name, n): replace(work) for n in (1, most) for name, work in _works(case).items()}
     threads_of = {id(work): n for (_, n), work in both.items()}
 
     def run(work: "Work") -> Sample:
@@ -212,16 +230,16 @@ def _threads(line: Line) -> Iterator[dict[str, Any]]:
 
     named = {f"{name}@{n}": work for (name, n), work in both.items()}
     samples = interleave(named, seconds=2 * SECONDS, at_least=LEAST, at_most=MOST, run=run)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(most)
     phase = case.phases[-1]
     seconds = {name: [one.of(phase) for one in some] for name, some in samples.items()}
     for name in dict.fromkeys(name for name, _ in both):
-        one, more = seconds[f"{name}@1"], seconds[f"{name}@{THREADS}"]
+        one, more = seconds[f"{name}@1"], seconds[f"{name}@{most}"]
         yield {
             "name": line.name,
             "sizes": line.fixed if line.axis in "TVH" else f"{line.fixed}, {line.axis} {line.alone}",
             "contestant": name,
-            "ms": {n: list(spread([1e3 * s for s in some])) for n, some in (("1", one), (str(THREADS), more))},
+            "ms": {n: list(spread([1e3 * s for s in some])) for n, some in (("1", one), (str(most), more))},
             "speedup": median_ratio(one, more),
         }
 
@@ -260,6 +278,7 @@ def _peak(contestant: str, tokens: int, vocab: int, hidden: int, dtype: str) -> 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="lines whose names begin so, no peaks")
+    parser.add_argument("--threads", type=int, default=2, help="default: 2; with 1 they are not compared")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # in the process of its own
     return parser.parse_args()
