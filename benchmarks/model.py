@@ -214,8 +214,8 @@ class Checked(NamedTuple):
 
 
 def checks() -> list[Checked]:
-    """Every measured point beside its prediction. Those of linear.json, if they are of the same machine, took no part in
-    the fit."""
+    """Every measured point beside its prediction. Those of linear.json, where of the same machine, took no part
+    in the fit."""
     scaling, memory, linear = (json.loads((RESULTS / f"{x}.json").read_text()) for x in ("scaling", "memory", "linear"))
     rates = fitted(scaling)
     found = [
@@ -257,7 +257,7 @@ def answer(shape: Shape, device: str, available: float) -> str:
     if cpu:
         scaling = json.loads((RESULTS / "scaling.json").read_text())
         rates, machine = fitted(scaling), scaling["machine"]
-        source = f"Rates fitted to measurements of {machine['cpu']}, {machine['threads']} threads."
+        source = f"Rates fitted to measurements of {machine['cpu']}, {machine['threads']} thread(s)."
         seconds = {name: cpu_seconds(shape, name, rates) for name in CONTESTANTS}
     else:
         source = f"Modelled, not measured. Rates: {GPUS[device].source}."
