@@ -11,7 +11,7 @@ IN_PARALLEL := -n auto --maxprocesses 8
 export RPP_KERNELS_BUILD ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test test-slow test-gpu-kernels parity bench aot wheel lint format build clean
+.PHONY: help demo demo-real test test-slow test-gpu-kernels parity bench scaling gate aot wheel lint format build clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -40,6 +40,13 @@ bench: $(VENV)/installed  ## CPU benchmarks, then the tables of docs/performance
 	$(BIN)/python benchmarks/run.py --case linear --rounds 5 --json benchmarks/results/linear.json
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/report.py
+
+scaling: $(VENV)/installed  ## how cost grows with each size, and on how many threads: docs/scaling.md, about five minutes
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/report.py
+
+gate: $(VENV)/installed  ## fails where a CPU kernel takes more instructions than the committed result; needs valgrind
+	$(BIN)/python benchmarks/gate.py
 
 aot: $(VENV)/installed  ## compile the Triton kernels for GPUs that are not here; what they need, into docs/triton.md
 	$(ONE_THREAD) $(BIN)/python benchmarks/aot.py

@@ -32,14 +32,37 @@ def memory(result: dict[str, Any], file: Path) -> None:
     save(figure, file)
 
 
-def blank(columns: int = 1, width: float = 6, height: float = 3.6) -> "tuple[Figure, Any]":
-    """A figure without a frame and its axes, an array of them where there are several columns."""
+def scaling(result: dict[str, Any], file: Path) -> None:
+    """Time against each size in log-log, the fitted lines behind the points."""
+    lines = result["lines"]
+    figure, axes = blank(3, width=9.5, height=2.7 * -(-len(lines) // 3), rows=-(-len(lines) // 3))
+    colors = {"rpp-kernels": "C0", "rpp-kernels, linear_logps then policy_loss": "C2", "eager": "C1", "floor": "gray"}
+    for one, line in zip(axes.flat, lines, strict=False):
+        for name, fit in line["fits"].items():
+            points = {p["size"]: p["ms"][name][0] for p in line["points"]}
+            label = f"{name.removeprefix('rpp-kernels, ')}: {fit['exponent']:.2f}"
+            one.plot(list(points), list(points.values()), "o", color=colors[name], markersize=3, label=label)
+            ends = [fit["from"], fit["to"]]
+            fitted = [fit["at_1"] * size ** fit["exponent"] for size in ends]
+            one.plot(ends, fitted, color=colors[name], linewidth=1)
+        one.set_xscale("log", base=2)
+        one.set_yscale("log")
+        one.set_title(f"{line['name']}, ms against {line['axis']}", size=8)
+        one.tick_params(labelsize=7)
+        one.legend(frameon=False, fontsize=6)
+    for one in axes.flat[len(lines) :]:
+        one.set_visible(False)
+    save(figure, file)
+
+
+def blank(columns: int = 1, width: float = 6, height: float = 3.6, rows: int = 1) -> "tuple[Figure, Any]":
+    """A figure without a frame and its axes, an array of them where there are several columns or rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained")
     every: list[Axes] = figure.axes
     for one in every:
         one.spines[["top", "right"]].set_visible(False)
