@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from actor import Actor, Algorithm, Batch
-    from timing import Work
 
 ALGORITHMS = ("grpo", "ppo", "reinforce_pp")
 SECONDS = 10  # of the rounds of one algorithm, about
@@ -280,27 +279,32 @@ def _compared(
 
     everyone = contestants(algorithm, size.group_size)
     mini_batch = next(split(batch, size.train_batch_size))
-    difference = _difference(everyone, actor, reference, mini_batch)
     headed = _Headed(actor, mini_batch), _Headed(reference, mini_batch)
-    head_peaks = {who: peak_extra_mib(_head_work(one, *headed, mini_batch)) for who, one in everyone.items()}
-    before = [p.detach().clone() for p in actor.parameters()]
+    losses: dict[str, list[torch.Tensor]] = {}
 
-    def step(who: str) -> dict[str, float]:
+    def head(who: str) -> None:
+        losses[who] = _loss_and_gradient(everyone[who], *headed, mini_batch)
+
+    head_peaks = {who: peak_extra_mib(Work(lambda who=who: head(who))) for who in everyone}
+    difference = _difference(losses.pop(OURS), losses.pop(NAIVE))
+    before = [p.detach().clone() for p in actor.parameters()]
+    samples: dict[str, list[dict[str, float]]] = {who: [] for who in everyone}
+
+    def step(who: str) -> None:
         start = time.perf_counter()
         phases = update(everyone[who], actor, reference, optimizer, batch, size.train_batch_size)
         seconds = time.perf_counter() - start
+        samples[who].append({**phases, "update": seconds, "policy part": sum(phases[p] for p in POLICY_PART)})
         with torch.no_grad():  # everyone begins at the same weights
             for p, first in zip(actor.parameters(), before, strict=True):
                 p.copy_(first)
-        return {**phases, "update": seconds, "policy part": sum(phases[phase] for phase in POLICY_PART)}
 
     start = time.perf_counter()
-    peaks = {who: peak_extra_mib(Work(lambda who=who: step(who))) for who in everyone}
+    peaks = {who: peak_extra_mib(Work(lambda who=who: step(who))) for who in everyone}  # in the first round
     rounds = min(15, max(3, int(SECONDS / (time.perf_counter() - start))))
-    samples: dict[str, list[dict[str, float]]] = {who: [] for who in everyone}
-    for i in range(rounds):
-        for who in list(everyone)[:: 1 if i % 2 else -1]:
-            samples[who].append(step(who))
+    for i in range(1, rounds):
+        for who in list(everyone)[:: -1 if i % 2 else 1]:
+            step(who)
     tokens = int(batch["completion_mask"].sum())
     return [
         {
@@ -343,35 +347,21 @@ class _Headed:
         return self.hidden
 
 
-def _head_work(algorithm: "Algorithm", actor: Any, reference: Any, batch: "Batch") -> "Work":
-    """Log-probs, advantages, the loss and its gradient in hidden states and head, of one mini-batch."""
-    import torch
-    from timing import Work
-
-    def run() -> Any:
-        whole = batch | algorithm.log_probs(actor, reference, batch)
-        whole = whole | algorithm.advantages(whole)
-        return torch.autograd.grad(algorithm.loss(actor, whole), [actor.hidden, actor.head.weight])
-
-    return Work(run)
-
-
-def _difference(
-    everyone: "dict[str, Algorithm]", actor: "Actor", reference: "Actor", batch: "Batch"
-) -> dict[str, float]:
-    """How far loss and gradient of one mini-batch are from the naive ones; the gradient's relative to its largest."""
+def _loss_and_gradient(algorithm: "Algorithm", actor: Any, reference: Any, batch: "Batch") -> "list[torch.Tensor]":
+    """The policy part of one mini-batch: the loss, and its gradient in hidden states and in the head."""
     import torch
 
-    def results(algorithm: "Algorithm") -> "tuple[torch.Tensor, list[torch.Tensor]]":
-        whole = batch | algorithm.log_probs(actor, reference, batch)
-        whole = whole | algorithm.advantages(whole)
-        loss = algorithm.loss(actor, whole)
-        return loss.detach(), list(torch.autograd.grad(loss, list(actor.model.parameters())))
+    whole = batch | algorithm.log_probs(actor, reference, batch)
+    whole = whole | algorithm.advantages(whole)
+    loss = algorithm.loss(actor, whole)
+    return [loss.detach(), *torch.autograd.grad(loss, [actor.hidden, actor.head.weight])]
 
-    (loss, gradient), (theirs, wanted) = results(everyone[OURS]), results(everyone[NAIVE])
-    furthest = max(float((a - b).abs().max()) for a, b in zip(gradient, wanted, strict=True))
-    largest = max(float(b.abs().max()) for b in wanted)
-    return {"loss": float(theirs), "loss_difference": abs(float(loss - theirs)), "gradient": furthest / largest}
+
+def _difference(ours: "list[torch.Tensor]", naive: "list[torch.Tensor]") -> dict[str, float]:
+    """Between losses, and between gradients relative to the largest element: the body's follows from these."""
+    from timing import relative_error
+
+    return {"loss": abs(float(ours[0] - naive[0])), "gradient": relative_error(ours[1:], naive[1:])}
 
 
 def _parse() -> argparse.Namespace:

@@ -99,7 +99,7 @@ def test_the_rows_are_complete(result):
     }
     for row in result["rows"]:
         assert row["rounds"] == 3
-        assert row["difference"]["loss_difference"] < 1e-5
+        assert row["difference"]["loss"] < 1e-5
         assert row["difference"]["gradient"] < 1e-4
         assert row["head_peak_mib"] is None or row["head_peak_mib"] >= 0
         assert row["naive_over_this"]["update"] == 1 or row["contestant"] == steps.OURS
