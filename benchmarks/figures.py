@@ -51,13 +51,13 @@ def steps(result: dict[str, Any], file: Path) -> None:
     figure, _ = blank(len(sizes), width=2 + 3.2 * len(sizes), height=4)
     for axes, size in zip(figure.axes, sizes, strict=True):
         rows = [row for row in result["rows"] if row["size"] == size["name"]]
-        names = [f"{row['algorithm']}\n{row['contestant'].removesuffix('-kernels')}" for row in rows]
+        names = [f"{row['algorithm']}\n{row['contestant']}".replace("_", "\n").replace("-", "\n") for row in rows]
         bottom = [0.0] * len(rows)
         for phase, color in PHASES.items():
             heights = [size[phase] if phase in size else row["seconds"][phase]["median"] for row in rows]
             axes.bar(names, heights, bottom=bottom, color=color, label=phase, width=0.7)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-        axes.tick_params(axis="x", labelsize=6)
+        axes.tick_params(axis="x", labelsize=7)
         axes.set_title(f"{size['name']}: H = {size['hidden']}, V = {size['vocab']}", size=9)
     figure.axes[0].set_ylabel("seconds of a step")
     handles, labels = figure.axes[0].get_legend_handles_labels()

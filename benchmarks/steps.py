@@ -92,10 +92,10 @@ SIZES = {
         Size(
             "qwen2.5-0.5b",
             "all of its 24 layers",
-            prompts=3,
+            prompts=2,
             prompt_length=16,
             completion_length=128,
-            train_batch_size=12,
+            train_batch_size=8,
             model={**_QWEN_05B, "num_hidden_layers": 24},
             algorithms=("grpo",),
             only_by_name=True,
