@@ -43,6 +43,7 @@ class Size:
     train_batch_size: int  # completions in an optimizer step
     model: dict[str, int] = field(default_factory=dict)  # of a Qwen2 with random weights; none: that of `make demo`
     group_size: int = 4
+    shortest: float = 0.25  # completion, as a share of the longest; of a model with random weights
     algorithms: tuple[str, ...] = ALGORITHMS
     threads: int | None = None  # where not those of the command
     only_by_name: bool = False
@@ -50,6 +51,8 @@ class Size:
 
 _QWEN_05B = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}
 _QWEN_05B |= {"num_key_value_heads": 2}
+_MIDDLE = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4}
+_MIDDLE |= {"num_attention_heads": 8, "num_key_value_heads": 4}
 
 SIZES = {
     size.name: size
@@ -70,14 +73,18 @@ SIZES = {
             prompt_length=16,
             completion_length=96,
             train_batch_size=16,
-            model={
-                "vocab_size": 32000,
-                "hidden_size": 512,
-                "intermediate_size": 1408,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 4,
-            },
+            model=_MIDDLE,
+        ),
+        Size(
+            "middle_unpadded",
+            "the same with completions of one length, so that nothing is saved by leaving out padding",
+            prompts=4,
+            prompt_length=16,
+            completion_length=96,
+            train_batch_size=16,
+            model=_MIDDLE,
+            shortest=1.0,
+            algorithms=("grpo",),
         ),
         Size(
             "large_vocabulary",
@@ -205,7 +212,7 @@ def _demo(size: Size) -> "tuple[Any, Callable[[], Any], Callable[[Any], list[flo
 
 
 def _random(size: Size) -> "tuple[Any, Callable[[], Any], Callable[[Any], list[float]]]":
-    """Random weights and prompts. Such a model ends nowhere: lengths are drawn, a quarter to all of what it wrote."""
+    """Random weights and prompts. Such a model ends nowhere: lengths are drawn, from `shortest` to all it wrote."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -213,7 +220,7 @@ def _random(size: Size) -> "tuple[Any, Callable[[], Any], Callable[[Any], list[f
     B, S = size.prompts * size.group_size, size.completion_length
     prompts = torch.randint(model.config.vocab_size, (size.prompts, size.prompt_length))
     prompts = prompts.repeat_interleave(size.group_size, 0)
-    lengths = torch.randint(S // 4, S + 1, (B, 1))
+    lengths = torch.randint(int(size.shortest * S), S + 1, (B, 1))
     completion_mask = torch.arange(S) < lengths
     attention_mask = torch.cat([torch.ones_like(prompts, dtype=torch.bool), completion_mask], 1)
     model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=S, pad_token_id=0)
