@@ -212,7 +212,7 @@ def _demo(size: Size) -> "tuple[Any, Callable[[], Any], Callable[[Any], list[flo
 
 
 def _random(size: Size) -> "tuple[Any, Callable[[], Any], Callable[[Any], list[float]]]":
-    """Random weights and prompts. Such a model ends nowhere: lengths are drawn, from `shortest` to all it wrote."""
+    """Random weights and prompts. Such a model ends nowhere: lengths are given, `shortest` to all that it wrote."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -220,7 +220,7 @@ def _random(size: Size) -> "tuple[Any, Callable[[], Any], Callable[[Any], list[f
     B, S = size.prompts * size.group_size, size.completion_length
     prompts = torch.randint(model.config.vocab_size, (size.prompts, size.prompt_length))
     prompts = prompts.repeat_interleave(size.group_size, 0)
-    lengths = torch.randint(int(size.shortest * S), S + 1, (B, 1))
+    lengths = torch.linspace(size.shortest * S, S, B).round()[torch.randperm(B), None]
     completion_mask = torch.arange(S) < lengths
     attention_mask = torch.cat([torch.ones_like(prompts, dtype=torch.bool), completion_mask], 1)
     model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=S, pad_token_id=0)
