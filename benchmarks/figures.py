@@ -1,5 +1,6 @@
 """The figures of the documentation, from the results that report.py turns into tables."""
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,56 @@ def scaling(result: dict[str, Any], file: Path) -> None:
         one.legend(frameon=False, fontsize=6)
     for one in axes.flat[len(lines) :]:
         one.set_visible(False)
+    save(figure, file)
+
+
+PHASES = {  # of a step, in order: those of the model's body in grey, the policy part in colour
+    "rollout": "0.9",
+    "reward": "0.3",
+    "log-probs, body": "0.8",
+    "loss, body": "0.7",
+    "optimizer": "0.6",
+    "log-probs": "tab:blue",
+    "advantages": "tab:red",
+    "loss": "tab:orange",
+}
+
+
+def steps(result: dict[str, Any], file: Path) -> None:
+    """Where the time of a step goes, naive beside ours, a panel for each size."""
+    sizes = result["sizes"]
+    figure, _ = blank(len(sizes), width=2 + 3.2 * len(sizes), height=4)
+    for axes, size in zip(figure.axes, sizes, strict=True):
+        rows = [row for row in result["rows"] if row["size"] == size["name"]]
+        names = [f"{row['algorithm']}\n{row['contestant']}".replace("_", "\n").replace("-", "\n") for row in rows]
+        bottom = [0.0] * len(rows)
+        for phase, color in PHASES.items():
+            heights = [size[phase] if phase in size else row["seconds"][phase]["median"] for row in rows]
+            axes.bar(names, heights, bottom=bottom, color=color, label=phase, width=0.7)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_title(f"{size['name']}: H = {size['hidden']}, V = {size['vocab']}", size=9)
+    figure.axes[0].set_ylabel("seconds of a step")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=8)
+    save(figure, file)
+
+
+def curves(result: dict[str, Any], file: Path) -> None:
+    """Mean score against the step and against the clock: the mean over seeds, and a band from the least to the most."""
+    figure, (by_step, by_clock) = blank(2, width=9)
+    for who, style in (("naive", "-"), ("rpp-kernels", "--")):
+        rows = [row for row in result["rows"] if row["contestant"] == who]
+        scores = list(zip(*(row["rewards"] for row in rows), strict=True))
+        mean = [sum(of) / len(of) for of in scores]
+        clock = list(itertools.accumulate(sum(of) / len(of) for of in zip(*(r["seconds"] for r in rows), strict=True)))
+        for axes, x in ((by_step, range(1, len(mean) + 1)), (by_clock, clock)):
+            (line,) = axes.plot(x, mean, style, label=who, linewidth=1.5)
+            axes.fill_between(x, list(map(min, scores)), list(map(max, scores)), color=line.get_color(), alpha=0.15)
+    by_step.set_xlabel("step")
+    by_clock.set_xlabel("seconds, rollouts included")
+    by_step.set_ylabel(f"mean score, {len(rows)} seeds")
+    by_step.legend(frameon=False, fontsize=8)
     save(figure, file)
 
 

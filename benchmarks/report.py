@@ -4,11 +4,14 @@ cpu.json and linear.json (of run.py) become tables of docs/performance.md and su
 memory.py) becomes another table there and docs/linear_memory.png; demo.json (of demo.py) the table of docs/trainer.md;
 aot.json (of aot.py) that of docs/triton.md. scaling.json (of scaling.py), instructions.json (of gate.py) and the
 predictions of model.py become docs/scaling.md and its figure.
+aot.json (of aot.py) that of docs/triton.md; steps.json and curves.json (of steps.py and curves.py) tables and figures
+of docs/steps.md.
 Only what stands between a page's two markers is replaced.
 """
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +227,155 @@ def instructions(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------- whole steps: steps.py and curves.py
+
+
+FASTER, LESS_MEMORY = 1.5, 1 / 3  # what was aimed at
+
+
+def steps(result: dict[str, Any]) -> str:
+    """What was run, how ours compares, what everyone took, and where the time went."""
+    m, rows = result["machine"], result["rows"]
+    sizes = {size["name"]: size for size in result["sizes"]}
+    pairs = [(row, _naive(row, rows)) for row in rows if row["contestant"] != "naive"]
+    lines = [
+        f"{m['cpu']}, {m['cores']} cores, {m['system']}, kernels for {m['capability']}, Python {m['python']}, "
+        f"torch {m['torch']}, commit {m['commit']}. Command: `{m['command']}`.",
+        "",
+        "| size | what | layers, H, V | parameters, head | completions x S, tokens | a step of | threads |",
+        "|---|---|---|---|---|--:|--:|",
+        *(_size(size) for size in sizes.values()),
+        "",
+        "How ours compares, and whether it is the same:",
+        "",
+        "| size | algorithm | update, naive / ours | at most | policy part, naive / ours | head's peak, ours / naive | "
+        "update's peak, ours / naive | loss differs by | gradient differs by |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        *(_comparison(ours, naive) for ours, naive in pairs),
+        "",
+        _against_goal(pairs),
+        "",
+        "What everyone took:",
+        "",
+        "| size | algorithm | | rounds | update s | p20 to p80 | tokens/s | policy part s | head's peak MiB | "
+        "update's peak MiB |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        *(_taken(row) for row in rows),
+        "",
+        "Where the time of a step went, in ms:",
+        "",
+        "| size | algorithm | | rollout | reward | log-probs, body | log-probs | advantages | loss, body | loss | "
+        "optimizer |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        *(_broken_down(row, sizes[row["size"]]) for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def _naive(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    wanted = (row["size"], row["algorithm"], "naive")
+    return next(r for r in rows if (r["size"], r["algorithm"], r["contestant"]) == wanted)
+
+
+def _size(size: dict[str, Any]) -> str:
+    cells = [
+        size["name"],
+        size["why"],
+        f"{size['layers']}, {size['hidden']}, {size['vocab']}",
+        f"{size['parameters'] / 1e6:.3g}M, {size['head_share']:.0%}",
+        f"{size['sequences']} x {size['completion']}, {size['tokens']}",
+        str(min(size["train_batch_size"], size["sequences"])),
+        str(size["threads"]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _comparison(ours: dict[str, Any], naive: dict[str, Any]) -> str:
+    def share(name: str) -> str:
+        return "" if ours[name] is None else f"{ours[name] / naive[name]:.2f}"
+
+    times, difference = ours["naive_over_this"], ours["difference"]
+    update, policy_part = (naive["seconds"][what]["median"] for what in ("update", "policy part"))
+    cells = [
+        ours["size"],
+        ours["algorithm"],
+        f"{times['update']:.2f}",
+        f"{update / (update - policy_part):.2f}",
+        f"{times['policy part']:.2f}",
+        share("head_peak_mib"),
+        share("update_peak_mib"),
+        f"{difference['loss']:.0e}",
+        f"{difference['gradient']:.0e}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _against_goal(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    reached, missed = [], []
+    for ours, naive in pairs:
+        name = f"{ours['size']} {ours['algorithm']}"
+        faster, memory = ours["naive_over_this"]["update"], (ours["head_peak_mib"] or 0) / (naive["head_peak_mib"] or 1)
+        if faster >= FASTER and memory <= LESS_MEMORY:
+            reached.append(name)
+        else:
+            missed.append(f"{name} ({faster:.2f} x, {memory:.2f})")
+    return (
+        f"The goal was an update {FASTER} times as fast with a third of the head's peak. Reached: "
+        f"{', '.join(reached) or 'nowhere'}. Missed: {', '.join(missed) or 'nowhere'}."
+    )
+
+
+def _taken(row: dict[str, Any]) -> str:
+    update = row["seconds"]["update"]
+    cells = [
+        row["size"],
+        row["algorithm"],
+        row["contestant"],
+        str(row["rounds"]),
+        _digits(update["median"]),
+        f"{_digits(update['p20'])} to {_digits(update['p80'])}",
+        _digits(row["tokens_per_second"]),
+        _digits(row["seconds"]["policy part"]["median"]),
+        *("" if row[name] is None else _digits(row[name]) for name in ("head_peak_mib", "update_peak_mib")),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _broken_down(row: dict[str, Any], size: dict[str, Any]) -> str:
+    phases = "log-probs, body", "log-probs", "advantages", "loss, body", "loss", "optimizer"
+    seconds = [size["rollout"], size["reward"], *(row["seconds"][phase]["median"] for phase in phases)]
+    cells = [row["size"], row["algorithm"], row["contestant"], *(_digits(1e3 * x) for x in seconds)]
+    return f"| {' | '.join(cells)} |"
+
+
+def curves(result: dict[str, Any]) -> str:
+    """One line for each seed and contestant."""
+    m = result["machine"]
+    lines = [
+        f"{result['algorithm']}; {m['cpu']}, {m['threads']} thread, torch {m['torch']}, commit {m['commit']}. "
+        f"Command: `{m['command']}`.",
+        "",
+        "| seed | | steps | mean score, first | last ten | accuracy before | after | rollouts differ from step | "
+        "ms a step | of it the update |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        rewards, last = row["rewards"], row["rewards"][-10:]
+        cells = [
+            str(row["seed"]),
+            row["contestant"],
+            str(len(rewards)),
+            f"{rewards[0]:.3f}",
+            f"{sum(last) / len(last):.3f}",
+            f"{row['accuracy_before']:.3f}",
+            f"{row['accuracy_after']:.3f}",
+            "none" if row["parted_at"] is None else str(row["parted_at"]),
+            *(_digits(1e3 * statistics.median(row[name])) for name in ("seconds", "update_seconds")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def replaced(page: Path, name: str, text: str) -> str:
     """The page with this text between the markers."""
     begin, end = f"<!-- generated by benchmarks/report.py: {name} -->", "<!-- end -->"
@@ -261,3 +413,9 @@ if __name__ == "__main__":
         "instructions",
         instructions(json.loads((RESULTS / "instructions.json").read_text())),
     )
+    whole_steps = json.loads((RESULTS / "steps.json").read_text())
+    figures.steps(whole_steps, ROOT / "docs" / "steps.png")
+    write(ROOT / "docs" / "steps.md", "steps", steps(whole_steps))
+    learning = json.loads((RESULTS / "curves.json").read_text())
+    figures.curves(learning, ROOT / "docs" / "curves.png")
+    write(ROOT / "docs" / "steps.md", "curves", curves(learning))
