@@ -110,7 +110,7 @@ def buffers(shape: Shape, contestant: str, cpu: bool) -> dict[str, float]:
     logits, gradients = chunks(shape, cpu)
     together = max(logits, min(gradients, shape.tokens))
     found["a chunk of logits"] = 4 * logits * shape.vocab
-    found["a chunk of gradients"] = operand * gradients * shape.vocab
+    found["a chunk of gradients"] = operand * min(gradients, shape.tokens) * shape.vocab
     found["hidden states of a chunk"] = (2 * operand + 4) * together * shape.hidden
     if width < 4:
         found["float32 sums"] = 4 * (shape.head + (shape.tokens * shape.hidden if shape.dtype == "float16" else 0))

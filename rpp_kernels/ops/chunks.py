@@ -124,6 +124,8 @@ class Chunks:
             self.rows, self.mask = head.mask.nonzero().squeeze(1), None
         else:
             self.rows, self.mask = torch.arange(x.shape[0], device=x.device), head.mask
+        if not self.side_by_side:
+            self.gradient_tokens = min(self.gradient_tokens, self.rows.shape[0])  # no room for more than there are
         self._logits = self._dlogits = x.new_empty(0)  # flat
         self._waiting: list[tuple[Tensor, Tensor]] = []  # rows and dlogits that are to be multiplied
         # Summed over shards, or multiplied later, it must not be rounded now.
