@@ -1,9 +1,9 @@
 """Competitors that need a GPU: the Triton and CuTe kernels of TRL, verl, Liger, Apple, QuACK and flash-attn.
 
 A table for each kind of case, name -> loader (case.py). A package that is not installed, cannot be imported, or finds
-no CUDA device is listed as that. Each is called as its own host calls it, with its own defaults; what has one advantage
-for a sequence takes that of the first token. The signatures and, where a kernel runs in Triton's interpreter, the values
-are tested without a GPU (tests/test_gpu_peers.py).
+no CUDA device is listed as that. Each is called as its own host calls it, with its own defaults; what knows only one
+advantage for a sequence takes that of the first token. Signatures and, where a kernel runs in Triton's interpreter,
+values are tested without a GPU (tests/test_gpu_peers.py).
 
 verl's Triton kernel counted the columns beyond a vocabulary that 1024 does not divide; release 0.9.1 does not. Liger's
 scaled cross entropy and QuACK are CuTe kernels: they need nvidia-cutlass-dsl, which is 92 MB.
