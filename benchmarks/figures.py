@@ -32,6 +32,29 @@ def memory(result: dict[str, Any], file: Path) -> None:
     save(figure, file)
 
 
+def logp_errors(result: dict[str, Any], file: Path, spread: float = 4) -> None:
+    """Left how often a log-prob is how far from float64, right where ratios of an unchanged policy lie."""
+    figure, (left, right) = blank(2, 10, 3.4)
+    edges = [10**x for x in result["exponents"]]
+    for row in (row for row in result["errors"] if row["spread"] == spread):
+        left.stairs(row["counts"], edges, label=row["path"], linewidth=1.5)
+    left.set_xscale("log")
+    left.set_xlabel("error of a log-prob, nats")
+    left.set_ylabel("tokens")
+    left.set_title(f"Log-probs of {result['size']['tokens']} tokens, logits of deviation {spread}", size=10)
+    left.set_ylim(top=1.4 * left.get_ylim()[1])
+    left.legend(frameon=False, fontsize=7, loc="upper left")
+    rows = [row for row in result["ratios"] if row["spread"] == spread]
+    for i, row in enumerate(reversed(rows)):
+        color = "C0" if row["exactly_1"] == 1 else "C1"
+        right.plot([row["p1"], row["p99"]], [i, i], "|-", color=color, linewidth=3)
+        right.plot(row["farthest"], i, "o", color=color, markersize=4)
+    right.set_yticks(range(len(rows)), [row["old"] for row in reversed(rows)], size=7)
+    right.set_xlabel("ratio, 1% to 99% and the farthest")
+    right.set_title("Unchanged policy: new log-probs ours, old ones by", size=10)
+    save(figure, file)
+
+
 def blank(columns: int = 1, width: float = 6, height: float = 3.6) -> "tuple[Figure, Any]":
     """A figure without a frame and its axes, an array of them where there are several columns."""
     import matplotlib

@@ -42,7 +42,16 @@ def of_bytes() -> list[Case]:
     logits = [
         logps_case("logps_entropy_bf16", torch.bfloat16, 2, why, eager, 8192, 151936, "cuda"),
         logps_case("logps_entropy_fp32", torch.float32, 2, why, eager, 4096, 151936, "cuda"),
-        logps_case("logps_bf16", torch.bfloat16, 1, f"{why[:13]} alone", gpu_peers.LOGPS, 8192, 151936, "cuda"),
+        logps_case(
+            "logps_bf16",
+            torch.bfloat16,
+            1,
+            "the log-probs alone, for which some have a kernel",
+            gpu_peers.LOGPS,
+            8192,
+            151936,
+            "cuda",
+        ),
     ]
     return logits + [case for case in CASES if case.floor.unit == "GB" and not case.name.startswith("logps")]
 
