@@ -6,6 +6,7 @@ Those from hidden states are in linear_cases.py.
 
 from typing import Any
 
+import peers
 import torch
 from case import OURS, Case, Data, Function, Loader, Tensors, compiled, memory_floor, plain
 from linear_cases import LINEAR_CASES
@@ -77,14 +78,20 @@ def logps_case(
 
 BATCH, LENGTH = 512, 2048
 TOKENS = BATCH * LENGTH
-_SCAN_SHAPE = f"{BATCH} x {LENGTH} float32, sequences half to all of it long"
+
+
+def _padded(batch: int, length: int) -> str:
+    return f"{batch} x {length} float32, sequences half to all of it long"
+
+
+_SCAN_SHAPE = _padded(BATCH, LENGTH)
 _SCAN_WHY = "one rollout batch of a REINFORCE++ step, padded"
 _GAMMA, _LAMBDA, _BETA = 1.0, 0.95, 0.01
 _NO_COMPILED_LOOP = {"torch.compile of the loop": "it unrolls the loop, and 256 of 2048 columns took 39 s to compile"}
 
 
-def _batch(*names: str) -> Tensors:
-    batch = make_batch(BATCH, LENGTH)
+def _batch(*names: str, size: tuple[int, int] = (BATCH, LENGTH)) -> Tensors:
+    batch = make_batch(*size)
     return {name: batch[name] for name in (*names, "completion_mask")}
 
 
@@ -138,8 +145,8 @@ def _our_steps(scores: Tensor, old_logps: Tensor, ref_logps: Tensor, completion_
 # ---------------------------------------------------------------- the loss
 
 
-def _policy_data() -> Data:
-    return Data(_batch("logps", "old_logps", "advantages"), ("logps",), (torch.ones(()),))
+def _policy_data(batch: int, length: int) -> Data:
+    return Data(_batch("logps", "old_logps", "advantages", size=(batch, length)), ("logps",), (torch.ones(()),))
 
 
 def _clipped_share_and_kl(loss: rpp.PolicyLoss) -> Outputs:
@@ -160,6 +167,30 @@ def _eager_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, com
     with torch.no_grad():
         clipped_share, approx_kl = masked_mean((clipped > plain).float()), masked_mean(-log_ratio)
     return masked_mean(torch.maximum(plain, clipped)), clipped_share, approx_kl
+
+
+def _policy_loss_case(name: str, batch: int, length: int, why: str) -> Case:
+    tokens = batch * length
+    return Case(
+        name=name,
+        op="policy_loss with the share of clipped tokens and the approximate KL",
+        shape=_padded(batch, length),
+        why=why,
+        data=lambda: _policy_data(batch, length),
+        spec=lambda **inputs: _clipped_share_and_kl(reference.policy_loss(**inputs)),
+        competitors={
+            OURS: plain(lambda **inputs: _clipped_share_and_kl(rpp.policy_loss(**inputs))),
+            "eager": plain(_eager_policy_loss),
+            "torch.compile": compiled(_eager_policy_loss),
+            **peers.POLICY_LOSS,
+        },
+        floor=memory_floor(
+            "three inputs and mask read; backward the gradient written",
+            forward=(13 * tokens, 0),
+            backward=(0, 4 * tokens),
+        ),
+        tolerance=1e-4,
+    )
 
 
 # ---------------------------------------------------------------- weights against the mismatch of a rollout engine
@@ -214,8 +245,6 @@ def _eager_grpo_loss(
         return loss, masked_mean((clipped > plain).float()), masked_mean(-log_ratio), masked_mean(kl)
 
 
-# ---------------------------------------------------------------- the table
-
 # ---------------------------------------------------------------- pairs
 
 PAIRS, PAIR_LENGTH = 128, 1024
@@ -241,6 +270,8 @@ def _eager_dpo_loss(logps: Tensor, ref_logps: Tensor, completion_mask: Tensor) -
     return loss, margins.detach().mean(), (margins.detach() > 0).float().mean()
 
 
+# ---------------------------------------------------------------- the table
+
 CASES = [
     logps_case(
         "logps_entropy_fp32",
@@ -250,6 +281,7 @@ CASES = [
         {
             "eager": plain(eager_logps_entropy),
             "torch.compile": compiled(eager_logps_entropy),
+            **peers.LOGPS_ENTROPY,
         },
     ),
     logps_case(
@@ -261,6 +293,7 @@ CASES = [
             "eager, log_softmax + gather": plain(_eager_logps),
             "eager, gather - logsumexp": plain(_selective_log_softmax),
             "torch.compile, log_softmax + gather": compiled(_eager_logps),
+            **peers.LOGPS,
         },
     ),
     logps_case(
@@ -271,6 +304,7 @@ CASES = [
         {
             "eager": plain(eager_logps_entropy),
             "torch.compile": compiled(eager_logps_entropy),
+            **peers.LOGPS_ENTROPY,
         },
     ),
     Case(
@@ -285,6 +319,7 @@ CASES = [
             "eager, Python loop": plain(_loop_returns),
             "eager, flip + cumsum (gamma = 1 only)": plain(_cumsum_returns),
             "torch.compile, flip + cumsum": compiled(_cumsum_returns),
+            **peers.RETURNS,
         },
         floor=memory_floor("rewards and mask read, returns written", forward=(5 * TOKENS, 4 * TOKENS)),
         tolerance=1e-5,
@@ -300,6 +335,7 @@ CASES = [
         competitors={
             OURS: plain(lambda **inputs: tuple(rpp.gae(**inputs, gamma=_GAMMA, gae_lambda=_LAMBDA))),
             "eager, Python loop": plain(_loop_gae),
+            **peers.gae(_LAMBDA),
         },
         floor=memory_floor("rewards, values and mask read, two results written", forward=(9 * TOKENS, 8 * TOKENS)),
         tolerance=1e-5,
@@ -318,29 +354,15 @@ CASES = [
             "eager, Python loop": plain(_pipeline(_loop_returns)),
             "eager, flip + cumsum": plain(_pipeline(_cumsum_returns)),
             "torch.compile, flip + cumsum": compiled(_pipeline(_cumsum_returns)),
+            **peers.reinforce_pp(_BETA),
         },
         floor=memory_floor("two log-probs and mask read, advantages written, once", forward=(9 * TOKENS, 4 * TOKENS)),
         tolerance=1e-4,
         left_out=_NO_COMPILED_LOOP,
     ),
-    Case(
-        name="policy_loss",
-        op="policy_loss with the share of clipped tokens and the approximate KL",
-        shape=_SCAN_SHAPE,
-        why="the loss of one whole rollout batch",
-        data=_policy_data,
-        spec=lambda **inputs: _clipped_share_and_kl(reference.policy_loss(**inputs)),
-        competitors={
-            OURS: plain(lambda **inputs: _clipped_share_and_kl(rpp.policy_loss(**inputs))),
-            "eager": plain(_eager_policy_loss),
-            "torch.compile": compiled(_eager_policy_loss),
-        },
-        floor=memory_floor(
-            "three inputs and mask read; backward the gradient written",
-            forward=(13 * TOKENS, 0),
-            backward=(0, 4 * TOKENS),
-        ),
-        tolerance=1e-4,
+    _policy_loss_case("policy_loss", BATCH, LENGTH, "the loss of one whole rollout batch"),
+    _policy_loss_case(
+        "policy_loss_small", 64, 1024, "the loss of one mini-batch, where the calls themselves begin to cost"
     ),
     Case(
         name="rollout_weights",
@@ -353,6 +375,7 @@ CASES = [
             OURS: plain(lambda **inputs: _weights_and_kl(rpp.rollout_weights(**inputs, level="sequence"))),
             "eager": plain(_eager_rollout_weights),
             "torch.compile": compiled(_eager_rollout_weights),
+            **peers.ROLLOUT_WEIGHTS,
         },
         floor=memory_floor("two log-probs and mask read, weights written, once", forward=(9 * TOKENS, 4 * TOKENS)),
         tolerance=1e-4,
@@ -368,6 +391,7 @@ CASES = [
             OURS: plain(lambda **inputs: _margin_and_accuracy(rpp.dpo_loss(**inputs))),
             "eager": plain(_eager_dpo_loss),
             "torch.compile": compiled(_eager_dpo_loss),
+            **peers.DPO_LOSS,
         },
         floor=memory_floor(
             "two log-probs and mask read; backward the gradient written",
@@ -387,6 +411,7 @@ CASES = [
             OURS: plain(_our_grpo_loss(rpp)),
             "eager": plain(_eager_grpo_loss),
             "torch.compile": compiled(_eager_grpo_loss),
+            **peers.policy_loss_kl(_KL),
         },
         floor=memory_floor(
             "four inputs and mask read; backward the gradient written",

@@ -173,8 +173,6 @@ class Record:
 
 def tried(works: "Mapping[str, Work]", record: Record) -> tuple[dict[str, float], dict[str, str]]:
     """Everyone's peak memory in MiB, and why the others cannot run."""
-    import torch
-
     peaks, notes = {}, {}
     for name, work in works.items():
         try:
@@ -184,13 +182,20 @@ def tried(works: "Mapping[str, Work]", record: Record) -> tuple[dict[str, float]
             peaks[name] = peak_mib(work)
         except Exception as error:
             notes[name] = reason(error)
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:  # what nothing in this process recovers from
-            record.result["broken"][name] = f"it left the device unusable, {notes.get(name)}"
-            record.write()
-            os.execv(sys.executable, [sys.executable, *sys.argv])
+        start_again_if_dead(name, notes.get(name, ""), record)
     return peaks, notes
+
+
+def start_again_if_dead(name: str, note: str, record: Record) -> None:
+    """Without the one who left the device so: nothing in this process recovers from that."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        record.result["broken"][name] = f"it left the device unusable, {note}"
+        record.write()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def reason(error: Exception) -> str:
@@ -303,6 +308,7 @@ def curve(out: Path, commit: str) -> None:
                 row["note"] = left[name]
             else:
                 row |= timed(make)
+                start_again_if_dead(name, row.get("note", ""), record)
                 if row["ms"] is None:
                     left[name] = f"{row['note']} at {tokens} tokens"
                 elif 2 * row["ms"] > 1e3 * LONGEST:

@@ -7,6 +7,7 @@ of the tokens under the mask, and a with a gradient that is not zero, these are 
 
 from typing import Any
 
+import peers
 import torch
 from case import OURS, Case, Data, Function, Loader, Tensors, compiled, matmul_floor, plain
 from timing import Outputs
@@ -18,37 +19,42 @@ from rpp_kernels import reference
 from rpp_kernels.testing import make_batch
 
 _T, _H, _V = 1024, 1024, 32000
-_SHAPE = f"T = {_T}, H = {_H}, V = {_V} float32"
+_REAL = 512, 151936, 512  # tokens, the vocabulary of Qwen2, and as wide as the time for it allows
 WRT = ("hidden_states", "weight")
 
 # ---------------------------------------------------------------- inputs
 
 
+SEQUENCES = 8
+
+
 def head_inputs(tokens: int, vocab: int, hidden: int) -> Tensors:
-    """One sequence, (1, T)."""
-    batch = make_batch(1, tokens, vocab=vocab, hidden=hidden)
+    """(8, T / 8) tokens."""
+    batch = make_batch(SEQUENCES, tokens // SEQUENCES, vocab=vocab, hidden=hidden)
     return {name: batch[name] for name in ("hidden_states", "weight", "target_ids")}
 
 
 def policy_inputs(tokens: int, vocab: int, hidden: int) -> Tensors:
     """The old log-probs are the policy's own but for a little noise, as in the first steps on a batch: ratios of 0.9 to
-    1.1, none of which is clipped. Advantages have a mean of 0.5: a loss near 0 has no relative error to speak of."""
+    1.1, none of which is clipped. A sequence's tokens share its advantage; these have a mean of 0.5: a loss near 0 has
+    no relative error to speak of."""
     inputs = head_inputs(tokens, vocab, hidden)
     generator = torch.Generator().manual_seed(1)
-    noise, advantages = (torch.randn(1, tokens, generator=generator) for _ in range(2))
     with torch.no_grad():
         logps = rpp.linear_logps(**inputs).logps
-    return inputs | {"old_logps": logps + 0.02 * noise, "advantages": advantages + 0.5}
+    noise, advantages = torch.randn(logps.shape, generator=generator), torch.randn(SEQUENCES, 1, generator=generator)
+    advantages += 0.5 - advantages.mean()
+    return inputs | {"old_logps": logps + 0.02 * noise, "advantages": advantages.expand_as(logps).contiguous()}
 
 
 def idle(tokens: int) -> Tensor:
     """Which tokens have no part in the gradient: 40% of them (410 of 1024), in runs of 64 of which the first is cut."""
-    return (torch.arange(tokens)[None] + 38) % 160 < 64
+    return ((torch.arange(tokens) + 38) % 160 < 64).view(SEQUENCES, -1)
 
 
 def _logps_data() -> Data:
     inputs = head_inputs(_T, _V, _H)
-    return Data(inputs, WRT, (torch.randn(1, _T, generator=torch.Generator().manual_seed(1)),))
+    return Data(inputs, WRT, (torch.randn(inputs["target_ids"].shape, generator=torch.Generator().manual_seed(1)),))
 
 
 def _loss_data(inputs: Tensors) -> Data:
@@ -132,7 +138,7 @@ def _our_cross_entropy(hidden_states: Tensor, weight: Tensor, target_ids: Tensor
 
 
 def _eager_cross_entropy(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
-    return (functional.cross_entropy((hidden_states @ weight.T)[0], target_ids[0]),)
+    return (functional.cross_entropy((hidden_states @ weight.T).flatten(0, 1), target_ids.flatten()),)
 
 
 def _torch_cross_entropy(chosen: dict[str, Any] | None = None) -> Loader:
@@ -145,7 +151,7 @@ def _torch_cross_entropy(chosen: dict[str, Any] | None = None) -> Loader:
         except AttributeError as error:
             raise ImportError(str(error)) from error
         return lambda hidden_states, weight, target_ids: (
-            linear_cross_entropy(hidden_states[0], weight, target_ids[0], options=options),
+            linear_cross_entropy(hidden_states.flatten(0, 1), weight, target_ids.flatten(), options=options),
         )
 
     return load
@@ -158,8 +164,12 @@ def _cross_entropy_spec(hidden_states: Tensor, weight: Tensor, target_ids: Tenso
 # ---------------------------------------------------------------- the table
 
 
-def _loss_case(name: str, **the_others: Any) -> Case:
-    return Case(name=name, shape=_SHAPE, floor=matmul_floor(_T, _V, _H, "both"), tolerance=1e-4, **the_others)
+def _shape(tokens: int, vocab: int, hidden: int) -> str:
+    return f"T = {tokens}, H = {hidden}, V = {vocab} float32"
+
+
+def _loss_case(name: str, size: tuple[int, int, int] = (_T, _V, _H), **the_others: Any) -> Case:
+    return Case(name=name, shape=_shape(*size), floor=matmul_floor(*size, "both"), tolerance=1e-4, **the_others)
 
 
 def _skipping_case(name: str, **the_others: Any) -> Case:
@@ -175,7 +185,7 @@ LINEAR_CASES = [
     Case(
         name="linear_logps",
         op="linear_logps: log-prob from hidden states",
-        shape=_SHAPE,
+        shape=_shape(_T, _V, _H),
         why="the head of a small model, where the logits outweigh everything else. Ours takes four matrix products, "
         "whoever stores the logits three",
         data=_logps_data,
@@ -184,6 +194,7 @@ LINEAR_CASES = [
             OURS: plain(lambda **inputs: rpp.linear_logps(**inputs)[:1]),
             "eager, logits + log_softmax": plain(_eager_logps),
             "torch.compile": compiled(_eager_logps),
+            **peers.LINEAR_LOGPS,
         },
         floor=matmul_floor(_T, _V, _H),
         tolerance=1e-4,
@@ -200,6 +211,21 @@ LINEAR_CASES = [
             "rpp-kernels, linear_loss": plain(_loss_in_python),
             "eager": plain(eager_policy_loss),
             "torch.compile": compiled(eager_policy_loss),
+            **peers.LINEAR_POLICY_LOSS,
+        },
+    ),
+    _loss_case(
+        "linear_policy_loss_152k",
+        _REAL,
+        op="linear_policy_loss: the same with a real vocabulary",
+        why="the head of a small Qwen2, nearly 300 times as wide as its hidden states",
+        data=lambda: _loss_data(policy_inputs(*_REAL)),
+        spec=_policy_spec,
+        competitors={
+            OURS: plain(fused_policy_loss),
+            "eager": plain(eager_policy_loss),
+            "torch.compile": compiled(eager_policy_loss),
+            **peers.LINEAR_POLICY_LOSS,
         },
     ),
     _skipping_case(

@@ -59,15 +59,20 @@ def differentiated(
     return Work(forward, backward if wrt else None)
 
 
-def results(work: Work) -> list[Tensor]:
-    """Outputs and gradients, for the parity check."""
+class Results(NamedTuple):
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+
+
+def results(work: Work) -> Results:
+    """For the parity check."""
     outputs = work.forward()
     gradients = work.backward(outputs) if work.backward else ()
-    return [x.detach() for x in (*outputs, *gradients)]
+    return Results(*([x.detach() for x in some] for some in (outputs, gradients)))
 
 
 def relative_error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest error of all results, each relative to the largest value of its own; infinite where one is NaN."""
+    """The largest error of all, each relative to the largest value of its own; infinite where one is NaN."""
     worst = 0.0
     for x, want in zip(actual, exact, strict=True):
         if x.shape != want.shape:

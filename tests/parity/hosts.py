@@ -183,21 +183,16 @@ def openrlhf_token_rewards(
     return module("openrlhf.models.utils").compute_reward(scores, beta, kl, completion_mask, clip)
 
 
-def openrlhf_advantages(
+def openrlhf_maker(
     estimator: str,
-    scores: Tensor,
-    kl: Tensor,
-    completion_mask: Tensor,
     *,
     group_size: int = 1,
     beta: float = 0.0,
     clip: tuple[float, float] | None = (-10.0, 10.0),
     gamma: float = 1.0,
     gae_lambda: float = 1.0,
-    values: Tensor | None = None,
     no_std_norm: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Rewards, group baseline, KL, returns and normalisation of a rollout batch that arrives in two shuffled parts."""
+) -> Any:
     Maker = module("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
     maker = Maker.__new__(Maker)
     advantage = SimpleNamespace(estimator=estimator, gamma=gamma, lambd=gae_lambda, no_std_norm=no_std_norm)
@@ -209,6 +204,20 @@ def openrlhf_advantages(
         )
     )
     maker.advantage_estimator, maker.kl_ctl = estimator, SimpleNamespace(value=beta)
+    return maker
+
+
+def openrlhf_advantages(
+    estimator: str,
+    scores: Tensor,
+    kl: Tensor,
+    completion_mask: Tensor,
+    *,
+    values: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Rewards, group baseline, KL, returns and normalisation of a rollout batch that arrives in two shuffled parts."""
+    maker = openrlhf_maker(estimator, **options)
     order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0))
     parts = [
         SimpleNamespace(
