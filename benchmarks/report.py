@@ -1,8 +1,9 @@
 """Writes the generated tables of the documentation from benchmarks/results: `python benchmarks/report.py`.
 
-cpu.json and linear.json (of run.py) become tables of docs/performance.md and summaries in README.md; memory.json (of
-memory.py) becomes another table there and docs/linear_memory.png; demo.json (of demo.py) the table of docs/trainer.md;
-aot.json (of aot.py) that of docs/triton.md.
+cpu.json and linear.json (of run.py) become tables of docs/performance.md and summaries in README.md; tokens.json (of
+tokens.py) becomes another table there and docs/tokens.png; gpu.json (of gpu.py), where it is, the tables of a GPU there
+and docs/gpu_tokens.png; errors.json (of errors.py) the tables of docs/numerics.md and docs/logp_errors.png; demo.json
+(of demo.py) the table of docs/trainer.md; aot.json (of aot.py) that of docs/triton.md.
 Only what stands between a page's two markers is replaced.
 """
 
@@ -93,34 +94,104 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def memory(result: dict[str, Any]) -> str:
-    """One line for each number of tokens."""
-    m, peak_of = result["machine"], peaks(result)
+def tokens(result: dict[str, Any]) -> str:
+    """A column for each contestant, a line for each number of tokens."""
+    m, everyone = result["machine"], by_contestant(result)
+    counts = sorted({row["tokens"] for row in result["rows"] if "tokens" in row})
+    where = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads"
     lines = [
-        f"Peak MiB of one forward and backward, results and gradients included; H = {result['hidden']}, "
-        f"V = {result['vocab']}, float32. The last column is the size of one copy of the logits. "
-        f"{m['system']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}. Command: `{m['command']}`.",
+        f"Milliseconds, and peak MiB, of one forward and backward; H = {result['hidden']}, V = {result['vocab']}, "
+        f"{result['dtype']}. {where}, torch {m['torch']}{_versions(result.get('peers', {}))}, commit {m['commit']}. "
+        f"Command: `{m['command']}`.",
         "",
-        f"| T | {' | '.join(peak_of)} | T x V logits |",
-        f"|--:|{'--:|' * len(peak_of)}--:|",
+        f"| | {' | '.join(map(str, counts))} |",
+        f"|---|{'--:|' * len(counts)}",
     ]
-    for tokens in sorted({row["tokens"] for row in result["rows"]}):
-        cells = ["x" if of[tokens] is None else f"{of[tokens]:.0f}" for of in peak_of.values()]
-        lines.append(f"| {tokens} | {' | '.join(cells)} | {logits_mib(result, tokens):.0f} |")
-    if any(row["peak_extra_mib"] is None for row in result["rows"]):
-        lines += ["", "x: not run, it would take more than 12 GiB."]
+    for name, of in everyone.items():
+        cells = [_time_and_peak(of.get(n, {})) for n in counts]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    notes = {(row["contestant"], row["note"]): None for row in result["rows"] if row.get("note")}
+    lines += [f"\n{STOPPED[note]}" for note in {note: None for _, note in notes if note in STOPPED}]
+    lines += [f"\nNot run: {name}, {note}." for name, note in notes if note not in STOPPED]
     return "\n".join(lines)
 
 
-def peaks(result: dict[str, Any]) -> dict[str, dict[int, float | None]]:
-    found: dict[str, dict[int, float | None]] = {}
+STOPPED = {
+    "out of memory": "x: it runs out of memory, or would.",
+    "too long": "-: not run, it would take more than ten seconds.",
+}
+
+
+def _time_and_peak(row: dict[str, Any]) -> str:
+    if row.get("ms") is None:
+        return "x" if row.get("note", "").startswith("out of memory") else "-"
+    peak = row.get("peak_extra_mib")
+    return _digits(row["ms"]) if peak is None else f"{_digits(row['ms'])}, {peak:.0f}"
+
+
+def by_contestant(result: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in result["rows"]:
-        found.setdefault(row["contestant"], {})[row["tokens"]] = row["peak_extra_mib"]
+        if "tokens" in row:
+            found.setdefault(row["contestant"], {})[row["tokens"]] = row
     return found
 
 
-def logits_mib(result: dict[str, Any], tokens: int) -> float:
-    return float(4 * tokens * result["vocab"] / 2**20)
+def _versions(packages: dict[str, str]) -> str:
+    return "".join(f", {name} {version}" for name, version in packages.items())
+
+
+NOT_YET = "Not measured yet: no machine with a GPU has run `python benchmarks/gpu.py`."
+
+
+def gpu(result: dict[str, Any] | None) -> str:
+    """As the tables of a CPU; without a result the sentence that says so."""
+    if result is None:
+        return NOT_YET
+    m = result["machine"]
+    lines = [
+        f"### {m['gpu']}",
+        "",
+        f"Driver {m['driver']}, CUDA {m['cuda']}, torch {m['torch']}, Triton {m['triton']}{_versions(m['peers'])}, "
+        f"commit {m['commit']}. Command: `{m['command']}`.",
+    ]
+    for name, case in result["cases"].items():
+        rows = [row for row in result["rows"] if row["case"] == name]
+        failed = ["", f"#### `{name}`", "", f"{case['op']}; {case['shape']}. It failed: {case.get('failed')}."]
+        lines += ["", *_case(name, case, rows)] if rows else failed
+    if "curve" in result:
+        lines += ["", "#### Tokens", "", tokens(result["curve"] | {"machine": m, "peers": m["peers"]})]
+    return "\n".join(lines)
+
+
+HEAD = "linear_policy_loss_8192_151936_4096"
+
+
+def features(result: dict[str, Any] | None) -> str:
+    """Who can do what, and where a GPU was there the time, the peak and the error of TRL's own benchmark."""
+    import features as matrix
+
+    rows = [row for row in (result or {"rows": []})["rows"] if (row["case"], row["phase"]) == (HEAD, "both")]
+    of = {row["competitor"]: row for row in rows}
+    ours = next((name for name in of if name.startswith("rpp-kernels")), "")
+    lines = [
+        f"T = 8192, H = 4096, V = 151936, bfloat16, forward and backward of the policy loss. {'' if of else NOT_YET}",
+        "",
+        f"| | ms, peak MiB, error | {' | '.join(matrix.COLUMNS)} |",
+        f"|---|---|{'---|' * len(matrix.COLUMNS)}",
+    ]
+    everyone = {"rpp-kernels, linear_policy_loss": (ours, matrix.ours())}
+    everyone |= {f"{name} ({peer.version})": (peer.competitor, peer.facts) for name, peer in matrix.PEERS.items()}
+    for name, (competitor, facts) in everyone.items():
+        lines.append(f"| {name} | {_of_head(of.get(competitor))} | {' | '.join(facts)} |")
+    sources = "; ".join(f"{name}: `{peer.source}`" for name, peer in matrix.PEERS.items())
+    return "\n".join([*lines, "", f"Read in {sources}."])
+
+
+def _of_head(row: dict[str, Any] | None) -> str:
+    if row is None or row["note"]:
+        return "" if row is None else row["note"]
+    return f"{_digits(row['median_ms'])}, {row['peak_extra_mib']:.0f}, {row['error']:.0e}"
 
 
 def demo(result: dict[str, Any]) -> str:
@@ -205,11 +276,19 @@ if __name__ == "__main__":
     linear = json.loads((RESULTS / "linear.json").read_text())
     write(ROOT / "docs" / "performance.md", "linear", markdown(linear))
     write(ROOT / "README.md", "linear", summary(linear))
-    measured = json.loads((RESULTS / "memory.json").read_text())
-    figures.memory(measured, ROOT / "docs" / "linear_memory.png")
-    write(ROOT / "docs" / "performance.md", "memory", memory(measured))
     write(ROOT / "docs" / "trainer.md", "demo", demo(json.loads((RESULTS / "demo.json").read_text())))
     write(ROOT / "docs" / "triton.md", "aot", aot(json.loads((RESULTS / "aot.json").read_text())))
     of_logps = json.loads((RESULTS / "errors.json").read_text())
     figures.logp_errors(of_logps, ROOT / "docs" / "logp_errors.png")
     write(ROOT / "docs" / "numerics.md", "errors", errors(of_logps))
+    of_tokens = json.loads((RESULTS / "tokens.json").read_text())
+    title = f"The policy loss from hidden states, H = {of_tokens['hidden']}, V = {of_tokens['vocab']}, two cores"
+    figures.tokens(of_tokens, ROOT / "docs" / "tokens.png", title)
+    write(ROOT / "docs" / "performance.md", "tokens", tokens(of_tokens))
+    of_gpu = json.loads((RESULTS / "gpu.json").read_text()) if (RESULTS / "gpu.json").exists() else None
+    write(ROOT / "docs" / "performance.md", "gpu", gpu(of_gpu))
+    write(ROOT / "docs" / "performance.md", "features", features(of_gpu))
+    if of_gpu and "curve" in of_gpu:
+        curve = of_gpu["curve"]
+        title = f"The policy loss from hidden states, H = {curve['hidden']}, V = {curve['vocab']}, {curve['dtype']}"
+        figures.tokens(curve, ROOT / "docs" / "gpu_tokens.png", f"{title}, {of_gpu['machine']['gpu']}")
