@@ -251,7 +251,7 @@ def bench(kind: str, out: Path, commit: str) -> None:
             everyone |= {name: works[name] for name in peaks}
             host: dict[str, list[float]] = {name: [] for name in everyone}
             # What takes long is measured well by few rounds.
-            rounds = {"seconds": 6.0, "at_least": 15} if in_bytes else {"seconds": 10.0, "at_least": 7}
+            rounds = {"seconds": 3.0, "at_least": 15} if in_bytes else {"seconds": 10.0, "at_least": 7}
             samples = interleave(everyone, **rounds, run=stopwatch(everyone, host))
             result["rows"] += rows_of(case, samples, errors, peaks)
             reasons = (notes | failed).items()

@@ -2,7 +2,7 @@
 
 The forward and backward of the clipped policy loss from hidden states (linear_cases.py), by us, by eager code and by
 the hosts (peers.py), each in a process of its own; beside them the time of the three bare matrix products, in blocks. A
-contestant is not run where the next number of tokens would take more than 12 GiB or 10 seconds, if it grew with them.
+contestant is not run where the next number of tokens would take more than 12 GiB or 10 seconds, if it grew as it did.
 Three minutes on two cores. benchmarks/report.py turns the JSON into the figure and the table of docs/performance.md.
 """
 
@@ -71,20 +71,29 @@ def alone(contestant: str, tokens: list[int], threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    measure, last = _measure(contestant), _row(contestant, 0)
+    measure, run = _measure(contestant), list[dict[str, Any]]()
     for n in tokens:
-        note = last["ms"] and _too_much(last, n)
+        note = _too_much(run, n)
         row = _row(contestant, n, **({"note": note} if note else measure(n)))
-        last = row if row["ms"] else last
+        if row["ms"]:
+            run.append(row)
         print(json.dumps(row), flush=True)
         print(row, file=sys.stderr, flush=True)
 
 
-def _too_much(last: dict[str, Any], tokens: int) -> str:
-    more = tokens / last["tokens"]
-    if (last["peak_extra_mib"] or 0.0) * more > min(MOST_MIB, _available_mib()):
+def _too_much(run: list[dict[str, Any]], tokens: int) -> str:
+    """By the growth of the last two, where there are two: not all that is large grows."""
+    if len(run) < 2:
+        return ""
+    before, last = run[-2:]
+    more = (tokens - last["tokens"]) / (last["tokens"] - before["tokens"])
+    ms, peak = (
+        (last[field] or 0.0) + more * max(0.0, (last[field] or 0.0) - (before[field] or 0.0))
+        for field in ("ms", "peak_extra_mib")
+    )
+    if peak > min(MOST_MIB, _available_mib()):
         return "out of memory"
-    return "too long" if last["ms"] * more > 1e3 * MOST_SECONDS else ""
+    return "too long" if ms > 1e3 * MOST_SECONDS else ""
 
 
 def _measure(contestant: str) -> Callable[[int], dict[str, Any]]:

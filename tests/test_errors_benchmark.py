@@ -63,9 +63,16 @@ def test_where_the_next_would_take_too_much_it_is_not_run_and_says_why(small, mo
         return {"ms": 10.0 * tokens, "peak_extra_mib": 4.0 * tokens}
 
     monkeypatch.setattr(tokens, "_measure", lambda contestant: measure)
-    tokens.alone("eager", [512, 1024, 2048, 8192], 1)
+    tokens.alone("eager", [256, 512, 2048, 8192], 1)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row.get("note") for row in rows] == [None, "too long", "too long", "out of memory"]
+    assert [row.get("note") for row in rows] == [None, None, "too long", "out of memory"]
+
+
+def test_what_does_not_grow_is_never_said_to_run_out_of_memory(small, monkeypatch, capsys):
+    monkeypatch.setattr(tokens, "_measure", lambda contestant: lambda n: {"ms": 2.0 * n, "peak_extra_mib": 400.0})
+    tokens.alone("verl", [1024, 2048, 65536], 1)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row.get("note") for row in rows] == [None, None, "too long"]
 
 
 def test_a_contestant_that_is_not_installed_says_so(small, monkeypatch, capsys):
