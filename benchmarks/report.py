@@ -117,8 +117,8 @@ def tokens(result: dict[str, Any]) -> str:
 
 
 STOPPED = {
-    "out of memory": "x: it runs out of memory, or would.",
-    "too long": "-: not run, it would take more than ten seconds.",
+    "out of memory": "x: it runs out of memory, or would take more than 10 GiB.",
+    "too long": "-: not run, it would take more than 10 seconds.",
 }
 
 

@@ -58,14 +58,15 @@ def test_everyone_has_a_row_for_each_number_of_tokens(small, capsys, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
-def test_where_the_next_would_take_too_much_it_is_not_run_and_says_why(small, monkeypatch, capsys):
+@pytest.mark.parametrize(("ms", "mib", "note"), [(10.0, 1.0, "too long"), (0.1, 4.0, "out of memory")])
+def test_where_the_next_would_take_too_much_it_is_not_run_and_says_why(ms, mib, note, small, monkeypatch, capsys):
     def measure(tokens):
-        return {"ms": 10.0 * tokens, "peak_extra_mib": 4.0 * tokens}
+        return {"ms": ms * tokens, "peak_extra_mib": mib * tokens}
 
     monkeypatch.setattr(tokens, "_measure", lambda contestant: measure)
-    tokens.alone("eager", [256, 512, 2048, 8192], 1)
+    tokens.alone("eager", [512, 1024, 4096, 8192], 1)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row.get("note") for row in rows] == [None, None, "too long", "out of memory"]
+    assert [row.get("note") for row in rows] == [None, None, note, note]
 
 
 def test_what_does_not_grow_is_never_said_to_run_out_of_memory(small, monkeypatch, capsys):
