@@ -38,7 +38,8 @@ parity: $(VENV)/installed-parity  ## our losses and advantages against those of 
 bench: $(VENV)/installed  ## CPU benchmarks, then the tables of docs/performance.md from them
 	$(BIN)/python benchmarks/run.py --skip linear --json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/run.py --case linear --rounds 5 --json benchmarks/results/linear.json
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python benchmarks/errors.py
 	$(BIN)/python benchmarks/report.py
 
 scaling: $(VENV)/installed  ## how cost grows with each size, and on how many threads: docs/scaling.md, about five minutes

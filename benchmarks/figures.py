@@ -9,27 +9,63 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def memory(result: dict[str, Any], file: Path) -> None:
-    """Peak memory against the number of tokens, an x where it runs out."""
-    from report import logits_mib, peaks
+def tokens(result: dict[str, Any], file: Path, title: str) -> None:
+    """Time and peak memory against the number of tokens, an x where it runs out and the floor in grey."""
+    from report import by_contestant
 
-    figure, axes = blank()
-    for (name, of), marker in zip(peaks(result).items(), "osD", strict=True):
-        run = {n: peak for n, peak in of.items() if peak is not None}
-        (line,) = axes.plot(list(run), list(run.values()), marker=marker, markersize=4, label=name)
-        for n in of.keys() - run.keys():
-            axes.plot(n, max(run.values()) * n / max(run), "x", color=line.get_color(), markersize=8)
-    tokens = sorted({row["tokens"] for row in result["rows"]})
-    logits = [logits_mib(result, n) for n in tokens]
-    axes.plot(tokens, logits, ":", color="gray", label="one copy of the logits")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(tokens, [f"{n // 1024}k" for n in tokens])
-    axes.set_yticks([100, 1024, 10240], ["100 MiB", "1 GiB", "10 GiB"])
-    axes.minorticks_off()
-    axes.set_xlabel("tokens")
-    axes.set_title(f"Peak extra memory, forward and backward (H = {result['hidden']}, V = {result['vocab']})", size=10)
-    axes.legend(frameon=False, fontsize=8)
+    figure, (times, peaks) = blank(2, 11, 4)
+    everyone = by_contestant(result)
+    for i, (name, of) in enumerate(everyone.items()):
+        grey = name in FLOORS
+        style: dict[str, Any] = {"color": "gray", "linestyle": ":"} if grey else {"color": f"C{i}"}
+        style |= {} if grey else {"marker": "o", "markersize": 3, "linewidth": 2.2 if _is_ours(name) else 1}
+        for axes, field in ((times, "ms"), (peaks, "peak_extra_mib")):
+            run = {n: row[field] for n, row in of.items() if row.get(field) is not None}
+            if not run:
+                continue
+            (line,) = axes.plot(list(run), list(run.values()), label=name, **style)
+            out = [n for n, row in of.items() if row.get("note", "").startswith("out of memory")]
+            if out:
+                axes.plot(out[0], run[max(run)] * out[0] / max(run), "x", color=line.get_color(), markersize=8)
+    for axes, what in ((times, "ms, forward and backward"), (peaks, "peak MiB, results and gradients included")):
+        ticks = sorted({n for of in everyone.values() for n in of})
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
+        axes.set_xlabel("tokens")
+        axes.set_title(what, size=9)
+    figure.suptitle(title, size=10)
+    figure.legend(*times.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)
+    save(figure, file)
+
+
+FLOORS = ("three bare products", "floor")
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(("linear_", "rpp-kernels"))
+
+
+def logp_errors(result: dict[str, Any], file: Path, spread: float = 4) -> None:
+    """Left how often a log-prob is how far from float64, right where ratios of an unchanged policy lie."""
+    figure, (left, right) = blank(2, 10, 3.4)
+    edges = [10**x for x in result["exponents"]]
+    for row in (row for row in result["errors"] if row["spread"] == spread):
+        left.stairs(row["counts"], edges, label=row["path"], linewidth=1.5)
+    left.set_xscale("log")
+    left.set_xlabel("error of a log-prob, nats")
+    left.set_ylabel("tokens")
+    left.set_title(f"Log-probs of {result['size']['tokens']} tokens, logits of deviation {spread}", size=10)
+    left.set_ylim(top=1.4 * left.get_ylim()[1])
+    left.legend(frameon=False, fontsize=7, loc="upper left")
+    rows = [row for row in result["ratios"] if row["spread"] == spread]
+    for i, row in enumerate(reversed(rows)):
+        color = "C0" if row["exactly_1"] == 1 else "C1"
+        right.plot([row["p1"], row["p99"]], [i, i], "|-", color=color, linewidth=3)
+        right.plot(row["farthest"], i, "o", color=color, markersize=4)
+    right.set_yticks(range(len(rows)), [row["old"] for row in reversed(rows)], size=7)
+    right.set_xlabel("ratio, 1% to 99% and the farthest")
+    right.set_title("An unchanged policy, old log-probs by", size=10)
     save(figure, file)
 
 

@@ -189,15 +189,15 @@ def measured_times(scaling: dict[str, Any], contestant: str) -> Iterator[tuple[S
             yield Shape(at["T"], at["V"], at["H"]), point["ms"][name][0] / 1e3
 
 
-def measured_peaks(scaling: dict[str, Any], memory: dict[str, Any]) -> Iterator[tuple[Shape, str, float]]:
-    """Bytes, of scaling.json and of memory.json."""
+def measured_peaks(scaling: dict[str, Any], tokens: dict[str, Any]) -> Iterator[tuple[Shape, str, float]]:
+    """Bytes, of scaling.json and of tokens.json."""
     names = {"fused_policy_loss": FUSED, "logps_then_policy_loss": THEN, "eager_policy_loss": EAGER}
     for row in scaling["peaks"]:
         shape = Shape(row["tokens"], row["vocab"], row["hidden"], row["dtype"])
         yield shape, names[row["contestant"]], row["peak_extra_mib"] * MIB
-    for row in memory["rows"]:
-        if row["peak_extra_mib"] is not None:
-            shape = Shape(row["tokens"], memory["vocab"], memory["hidden"])
+    for row in tokens["rows"]:
+        if row["contestant"] in CONTESTANTS and row["peak_extra_mib"] is not None:
+            shape = Shape(row["tokens"], tokens["vocab"], tokens["hidden"])
             yield shape, row["contestant"], row["peak_extra_mib"] * MIB
 
 
@@ -216,11 +216,11 @@ class Checked(NamedTuple):
 def checks() -> list[Checked]:
     """Every measured point beside its prediction. Those of linear.json, where of the same machine, took no part
     in the fit."""
-    scaling, memory, linear = (json.loads((RESULTS / f"{x}.json").read_text()) for x in ("scaling", "memory", "linear"))
+    scaling, tokens, linear = (json.loads((RESULTS / f"{x}.json").read_text()) for x in ("scaling", "tokens", "linear"))
     rates = fitted(scaling)
     found = [
         Checked("peak, bytes", shape, contestant, peak(shape, contestant, cpu=True), measured)
-        for shape, contestant, measured in measured_peaks(scaling, memory)
+        for shape, contestant, measured in measured_peaks(scaling, tokens)
     ]
     found += [
         Checked("seconds, fitted", shape, contestant, cpu_seconds(shape, contestant, rates), measured)

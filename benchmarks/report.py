@@ -1,17 +1,13 @@
-"""Writes the generated tables of the documentation from benchmarks/results: `python benchmarks/report.py`.
+"""Writes the generated tables and figures of the documentation: `python benchmarks/report.py`.
 
-cpu.json and linear.json (of run.py) become tables of docs/performance.md and summaries in README.md; memory.json (of
-memory.py) becomes another table there and docs/linear_memory.png; demo.json (of demo.py) the table of docs/trainer.md;
-aot.json (of aot.py) that of docs/triton.md. scaling.json (of scaling.py), instructions.json (of gate.py) and the
-predictions of model.py become docs/scaling.md and its figure.
-aot.json (of aot.py) that of docs/triton.md; steps.json and curves.json (of steps.py and curves.py) tables and figures
-of docs/steps.md.
-Only what stands between a page's two markers is replaced.
+TABLES and FIGURES, below, say which of benchmarks/results becomes what. Of a page only what stands between a table's
+two markers is replaced.
 """
 
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,34 +94,104 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def memory(result: dict[str, Any]) -> str:
-    """One line for each number of tokens."""
-    m, peak_of = result["machine"], peaks(result)
+def tokens(result: dict[str, Any]) -> str:
+    """A column for each contestant, a line for each number of tokens."""
+    m, everyone = result["machine"], by_contestant(result)
+    counts = sorted({row["tokens"] for row in result["rows"] if "tokens" in row})
+    where = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads"
     lines = [
-        f"Peak MiB of one forward and backward, results and gradients included; H = {result['hidden']}, "
-        f"V = {result['vocab']}, float32. The last column is the size of one copy of the logits. "
-        f"{m['system']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}. Command: `{m['command']}`.",
+        f"Milliseconds, and peak MiB, of one forward and backward; H = {result['hidden']}, V = {result['vocab']}, "
+        f"{result['dtype']}. {where}, torch {m['torch']}{_versions(result.get('peers', {}))}, commit {m['commit']}. "
+        f"Command: `{m['command']}`.",
         "",
-        f"| T | {' | '.join(peak_of)} | T x V logits |",
-        f"|--:|{'--:|' * len(peak_of)}--:|",
+        f"| | {' | '.join(map(str, counts))} |",
+        f"|---|{'--:|' * len(counts)}",
     ]
-    for tokens in sorted({row["tokens"] for row in result["rows"]}):
-        cells = ["x" if of[tokens] is None else f"{of[tokens]:.0f}" for of in peak_of.values()]
-        lines.append(f"| {tokens} | {' | '.join(cells)} | {logits_mib(result, tokens):.0f} |")
-    if any(row["peak_extra_mib"] is None for row in result["rows"]):
-        lines += ["", "x: not run, it would take more than 12 GiB."]
+    for name, of in everyone.items():
+        cells = [_time_and_peak(of.get(n, {})) for n in counts]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    notes = {(row["contestant"], row["note"]): None for row in result["rows"] if row.get("note")}
+    lines += [f"\n{STOPPED[note]}" for note in {note: None for _, note in notes if note in STOPPED}]
+    lines += [f"\nNot run: {name}, {note}." for name, note in notes if note not in STOPPED]
     return "\n".join(lines)
 
 
-def peaks(result: dict[str, Any]) -> dict[str, dict[int, float | None]]:
-    found: dict[str, dict[int, float | None]] = {}
+STOPPED = {
+    "out of memory": "x: it runs out of memory, or would take more than 10 GiB.",
+    "too long": "-: not run, it would take more than 10 seconds.",
+}
+
+
+def _time_and_peak(row: dict[str, Any]) -> str:
+    if row.get("ms") is None:
+        return "x" if row.get("note", "").startswith("out of memory") else "-"
+    peak = row.get("peak_extra_mib")
+    return _digits(row["ms"]) if peak is None else f"{_digits(row['ms'])}, {peak:.0f}"
+
+
+def by_contestant(result: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in result["rows"]:
-        found.setdefault(row["contestant"], {})[row["tokens"]] = row["peak_extra_mib"]
+        if "tokens" in row:
+            found.setdefault(row["contestant"], {})[row["tokens"]] = row
     return found
 
 
-def logits_mib(result: dict[str, Any], tokens: int) -> float:
-    return float(4 * tokens * result["vocab"] / 2**20)
+def _versions(packages: dict[str, str]) -> str:
+    return "".join(f", {name} {version}" for name, version in packages.items())
+
+
+NOT_YET = "Not measured yet: no machine with a GPU has run `python benchmarks/gpu.py`."
+
+
+def gpu(result: dict[str, Any] | None) -> str:
+    """As the tables of a CPU; without a result the sentence that says so."""
+    if result is None:
+        return NOT_YET
+    m = result["machine"]
+    lines = [
+        f"### {m['gpu']}",
+        "",
+        f"Driver {m['driver']}, CUDA {m['cuda']}, torch {m['torch']}, Triton {m['triton']}{_versions(m['peers'])}, "
+        f"commit {m['commit']}. Command: `{m['command']}`.",
+    ]
+    for name, case in result["cases"].items():
+        rows = [row for row in result["rows"] if row["case"] == name]
+        failed = ["", f"#### `{name}`", "", f"{case['op']}; {case['shape']}. It failed: {case.get('failed')}."]
+        lines += ["", *_case(name, case, rows)] if rows else failed
+    if "curve" in result:
+        lines += ["", "#### Tokens", "", tokens(result["curve"] | {"machine": m, "peers": m["peers"]})]
+    return "\n".join(lines)
+
+
+HEAD = "linear_policy_loss_8192_151936_4096"
+
+
+def features(result: dict[str, Any] | None) -> str:
+    """Who can do what, and where a GPU was there the time, the peak and the error of TRL's own benchmark."""
+    import features as matrix
+
+    rows = [row for row in (result or {"rows": []})["rows"] if (row["case"], row["phase"]) == (HEAD, "both")]
+    of = {row["competitor"]: row for row in rows}
+    ours = next((name for name in of if name.startswith("rpp-kernels")), "")
+    lines = [
+        f"T = 8192, H = 4096, V = 151936, bfloat16, forward and backward of the policy loss. {'' if of else NOT_YET}",
+        "",
+        f"| | ms, peak MiB, error | {' | '.join(matrix.COLUMNS)} |",
+        f"|---|---|{'---|' * len(matrix.COLUMNS)}",
+    ]
+    everyone = {"rpp-kernels, linear_policy_loss": (ours, matrix.ours())}
+    everyone |= {f"{name} ({peer.version})": (peer.competitor, peer.facts) for name, peer in matrix.PEERS.items()}
+    for name, (competitor, facts) in everyone.items():
+        lines.append(f"| {name} | {_of_head(of.get(competitor))} | {' | '.join(facts)} |")
+    sources = "; ".join(f"{name}: `{peer.source}`" for name, peer in matrix.PEERS.items())
+    return "\n".join([*lines, "", f"Read in {sources}."])
+
+
+def _of_head(row: dict[str, Any] | None) -> str:
+    if row is None or row["note"]:
+        return "" if row is None else row["note"]
+    return f"{_digits(row['median_ms'])}, {row['peak_extra_mib']:.0f}, {row['error']:.0e}"
 
 
 def demo(result: dict[str, Any]) -> str:
@@ -376,6 +442,31 @@ def curves(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def errors(result: dict[str, Any]) -> str:
+    """Errors of log-probs by path and spread, and the ratios that follow."""
+    m, size = result["machine"], result["size"]
+    lines = [
+        f"{size['tokens']} tokens, V = {size['vocab']}, H = {size['hidden']}, bfloat16 operands. {m['cpu']}, "
+        f"torch {m['torch']}, commit {m['commit']}. Command: `{m['command']}`.",
+        "",
+        "| logits' deviation, largest | log-probs by | median error | 99% | largest |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for row in result["errors"]:
+        cells = [f"{row['spread']}, {row['largest_logit']:.0f}", row["path"]]
+        cells += [f"{row[k]:.0e}" for k in ("median", "p99", "max")]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| logits' deviation | old log-probs by | exactly 1 | 1% to 99% of ratios | farthest |",
+        "|--:|---|--:|--:|--:|",
+    ]
+    for row in result["ratios"]:
+        cells = [f"{row['spread']}", row["old"], f"{row['exactly_1']:.0%}", f"{row['p1']:.3f} to {row['p99']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {row['farthest']:.3f} |")
+    return "\n".join(lines)
+
+
 def replaced(page: Path, name: str, text: str) -> str:
     """The page with this text between the markers."""
     begin, end = f"<!-- generated by benchmarks/report.py: {name} -->", "<!-- end -->"
@@ -390,32 +481,58 @@ def write(page: Path, name: str, text: str) -> None:
     page.write_text(replaced(page, name, text))
 
 
+def _figure_of_tokens(result: dict[str, Any], file: Path) -> None:
+    title = f"The policy loss from hidden states, H = {result['hidden']}, V = {result['vocab']}, two cores"
+    figures.tokens(result, file, title)
+
+
+def _figure_of_gpu(result: dict[str, Any], file: Path) -> None:
+    if "curve" in result:
+        curve = result["curve"]
+        title = f"The policy loss from hidden states, H = {curve['hidden']}, V = {curve['vocab']}, {curve['dtype']}"
+        figures.tokens(curve, file, f"{title}, {result['machine']['gpu']}")
+
+
+# Result -> the tables that are made of it: page, name and function.
+TABLES: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
+    "cpu": [("docs/performance.md", "cpu", markdown), ("README.md", "summary", summary)],
+    "linear": [("docs/performance.md", "linear", markdown), ("README.md", "linear", summary)],
+    "tokens": [("docs/performance.md", "tokens", tokens)],
+    "gpu": [("docs/performance.md", "gpu", gpu), ("docs/performance.md", "features", features)],
+    "errors": [("docs/numerics.md", "errors", errors)],
+    "demo": [("docs/trainer.md", "demo", demo)],
+    "aot": [("docs/triton.md", "aot", aot)],
+    "steps": [("docs/steps.md", "steps", steps)],
+    "curves": [("docs/steps.md", "curves", curves)],
+    "scaling": [
+        ("docs/scaling.md", "scaling", scaling),
+        ("docs/scaling.md", "threads", threads),
+        ("docs/scaling.md", "examples", lambda _: examples()),
+        ("docs/scaling.md", "model", lambda _: model.check_table()),
+    ],
+    "instructions": [("docs/scaling.md", "instructions", instructions)],
+}
+FIGURES: dict[str, tuple[str, Callable[[Any, Path], None]]] = {
+    "tokens": ("tokens", _figure_of_tokens),
+    "gpu": ("gpu_tokens", _figure_of_gpu),
+    "errors": ("logp_errors", figures.logp_errors),
+    "steps": ("steps", figures.steps),
+    "curves": ("curves", figures.curves),
+    "scaling": ("scaling", figures.scaling),
+}
+
+
+def main() -> None:
+    """What needs a GPU may not have been measured: its tables then say so, and it has no figure."""
+    for name, tables in TABLES.items():
+        file = RESULTS / f"{name}.json"
+        result = json.loads(file.read_text()) if name != "gpu" or file.exists() else None
+        for page, table, function in tables:
+            write(ROOT / page, table, function(result))
+        if name in FIGURES and result is not None:
+            picture, draw = FIGURES[name]
+            draw(result, ROOT / "docs" / f"{picture}.png")
+
+
 if __name__ == "__main__":
-    cpu = json.loads((RESULTS / "cpu.json").read_text())
-    write(ROOT / "docs" / "performance.md", "cpu", markdown(cpu))
-    write(ROOT / "README.md", "summary", summary(cpu))
-    linear = json.loads((RESULTS / "linear.json").read_text())
-    write(ROOT / "docs" / "performance.md", "linear", markdown(linear))
-    write(ROOT / "README.md", "linear", summary(linear))
-    measured = json.loads((RESULTS / "memory.json").read_text())
-    figures.memory(measured, ROOT / "docs" / "linear_memory.png")
-    write(ROOT / "docs" / "performance.md", "memory", memory(measured))
-    write(ROOT / "docs" / "trainer.md", "demo", demo(json.loads((RESULTS / "demo.json").read_text())))
-    write(ROOT / "docs" / "triton.md", "aot", aot(json.loads((RESULTS / "aot.json").read_text())))
-    measured = json.loads((RESULTS / "scaling.json").read_text())
-    figures.scaling(measured, ROOT / "docs" / "scaling.png")
-    write(ROOT / "docs" / "scaling.md", "scaling", scaling(measured))
-    write(ROOT / "docs" / "scaling.md", "threads", threads(measured))
-    write(ROOT / "docs" / "scaling.md", "examples", examples())
-    write(ROOT / "docs" / "scaling.md", "model", model.check_table())
-    write(
-        ROOT / "docs" / "scaling.md",
-        "instructions",
-        instructions(json.loads((RESULTS / "instructions.json").read_text())),
-    )
-    whole_steps = json.loads((RESULTS / "steps.json").read_text())
-    figures.steps(whole_steps, ROOT / "docs" / "steps.png")
-    write(ROOT / "docs" / "steps.md", "steps", steps(whole_steps))
-    learning = json.loads((RESULTS / "curves.json").read_text())
-    figures.curves(learning, ROOT / "docs" / "curves.png")
-    write(ROOT / "docs" / "steps.md", "curves", curves(learning))
+    main()

@@ -248,7 +248,7 @@ def _threads(line: Line, most: int) -> Iterator[dict[str, Any]]:
 
 
 def _peaks() -> Iterator[dict[str, Any]]:
-    """Each in a process of its own, as in memory.py."""
+    """Each in a process of its own, as in tokens.py."""
     for tokens, vocab, hidden, dtype in PEAKS:
         for contestant in ("fused_policy_loss", "logps_then_policy_loss", "eager_policy_loss"):
             print(f"peak of {contestant}, {tokens} {vocab} {hidden} {dtype}", file=sys.stderr, flush=True)
