@@ -11,7 +11,7 @@ IN_PARALLEL := -n auto --maxprocesses 8
 export RPP_KERNELS_BUILD ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test test-slow test-gpu-kernels parity bench scaling gate aot wheel lint format build clean
+.PHONY: help demo demo-real test test-slow test-gpu-kernels parity bench steps scaling gate aot wheel lint format build clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -35,11 +35,16 @@ test-gpu-kernels: $(VENV)/installed  ## the rest of the tests of GPUs' kernels o
 parity: $(VENV)/installed-parity  ## our losses and advantages against those of TRL, verl, OpenRLHF and Liger
 	$(ONE_THREAD) RPP_KERNELS_REQUIRE_HOSTS=1 $(BIN)/python -m pytest tests/parity
 
-bench: $(VENV)/installed  ## CPU benchmarks, then the tables of docs/performance.md from them
+bench: $(VENV)/installed-parity  ## CPU benchmarks beside the hosts, then the tables of docs/performance.md: fifteen minutes
 	$(BIN)/python benchmarks/run.py --skip linear --json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/run.py --case linear --rounds 5 --json benchmarks/results/linear.json
 	$(BIN)/python benchmarks/tokens.py
 	$(BIN)/python benchmarks/errors.py
+	$(BIN)/python benchmarks/report.py
+
+steps: $(VENV)/installed  ## whole training steps, naive and ours, and their learning curves: docs/steps.md, eight minutes
+	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/curves.py
 	$(BIN)/python benchmarks/report.py
 
 scaling: $(VENV)/installed  ## how cost grows with each size, and on how many threads: docs/scaling.md, about five minutes

@@ -6,6 +6,7 @@ Those from hidden states are in linear_cases.py.
 
 from typing import Any
 
+import gpu_peers
 import peers
 import torch
 from case import OURS, Case, Data, Function, Loader, Tensors, compiled, memory_floor, plain
@@ -315,6 +316,7 @@ CASES = [
             "eager": plain(eager_logps_entropy),
             "torch.compile": compiled(eager_logps_entropy),
             **peers.LOGPS_ENTROPY,
+            **gpu_peers.LOGPS_ENTROPY,
         },
     ),
     logps_case(
@@ -327,6 +329,7 @@ CASES = [
             "eager, gather - logsumexp": plain(_selective_log_softmax),
             "torch.compile, log_softmax + gather": compiled(_eager_logps),
             **peers.LOGPS,
+            **gpu_peers.LOGPS,
         },
     ),
     logps_case(
@@ -338,6 +341,7 @@ CASES = [
             "eager": plain(eager_logps_entropy),
             "torch.compile": compiled(eager_logps_entropy),
             **peers.LOGPS_ENTROPY,
+            **gpu_peers.LOGPS_ENTROPY,
         },
     ),
     Case(

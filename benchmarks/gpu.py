@@ -422,7 +422,7 @@ def machine(commit: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "peers": peers.versions() | gpu_peers.versions(),
+        "peers": peers.versions(gpu_peers.PACKAGES),
         "commit": commit or commit_here(),
         "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
     }

@@ -125,7 +125,7 @@ def _policy_data(inputs: Tensors) -> Data:
     """As in linear_cases.py: ratios of 0.9 to 1.1, and one advantage for a sequence."""
     hidden_states, weight, target_ids = inputs.values()
     rows = zip(hidden_states, target_ids, strict=True)
-    logps = torch.stack([linear_cases._eager_logps(x, weight, ids)[0] for x, ids in rows])
+    logps = torch.stack([linear_cases.eager_logps(x, weight, ids)[0] for x, ids in rows])
     generator = torch.Generator(logps.device).manual_seed(1)
     noise, advantages = (
         torch.randn(shape, generator=generator, device=logps.device) for shape in (logps.shape, (SEQUENCES, 1))
@@ -213,7 +213,7 @@ def logps_head(tokens: int, vocab: int, hidden: int, device: str = "cuda") -> tu
         {
             f"{OURS}, CUDA": plain(on_backend(_ours(rpp.linear_logps), BACKENDS["CUDA"])),
             f"{OURS}, Triton": plain(on_backend(_ours(rpp.linear_logps), BACKENDS["Triton"])),
-            "eager": plain(linear_cases._eager_logps),
+            "eager": plain(linear_cases.eager_logps),
             **peers.LINEAR_LOGPS,
             **gpu_peers.LINEAR_LOGPS,
         },
@@ -228,11 +228,11 @@ def cross_entropy_head(tokens: int, vocab: int, hidden: int, device: str = "cuda
         device,
         ("both",),
         _mean_data,
-        linear_cases._cross_entropy_spec,
+        linear_cases.cross_entropy_spec,
         {
-            f"{OURS}, CUDA": plain(on_backend(linear_cases._our_cross_entropy, BACKENDS["CUDA"])),
-            f"{OURS}, Triton": plain(on_backend(linear_cases._our_cross_entropy, BACKENDS["Triton"])),
-            "eager": plain(linear_cases._eager_cross_entropy),
+            f"{OURS}, CUDA": plain(on_backend(linear_cases.our_cross_entropy, BACKENDS["CUDA"])),
+            f"{OURS}, Triton": plain(on_backend(linear_cases.our_cross_entropy, BACKENDS["Triton"])),
+            "eager": plain(linear_cases.eager_cross_entropy),
             **gpu_peers.LINEAR_CROSS_ENTROPY,
         },
     )

@@ -9,57 +9,18 @@ verl's Triton kernel counted the columns beyond a vocabulary that 1024 does not 
 scaled cross entropy and QuACK are CuTe kernels: they need nvidia-cutlass-dsl, which is 92 MB.
 """
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import peers
 import torch
-from case import Function, Loader
+from case import Function
 from timing import Outputs
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "parity"))  # verl's import without a cluster
-
-# How a name begins: (package, distribution).
-PACKAGES = {
-    "TRL": ("trl", "trl"),
-    "verl": ("verl", "verl"),
-    "Liger": ("liger_kernel", "liger-kernel"),
-    "Apple": ("cut_cross_entropy", "cut-cross-entropy"),
-    "QuACK": ("quack", "quack-kernels"),
-    "flash-attn": ("flash_attn", "flash-attn"),
-}
-
-
-def peer(name: str, build: Callable[..., Function], **options: Any) -> dict[str, Loader]:
-    """One entry of a table; `build` imports what it needs from the package that `name` begins with."""
-    package, _ = PACKAGES[name.partition(",")[0]]
-
-    def load() -> Function:
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"there is no package {package}")
-        if not torch.cuda.is_available():
-            raise ImportError("there is no CUDA device")
-        try:
-            return build(**options)
-        except Exception as error:  # what a package finds wrong with its surroundings has many names
-            raise ImportError(f"{package} cannot be imported, {type(error).__name__}: {error}"[:200]) from error
-
-    return {name: load}
-
-
-def versions() -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for name, (_, distribution) in PACKAGES.items():
-        try:
-            found[name] = version(distribution)
-        except PackageNotFoundError:
-            continue
-    return found
+PACKAGES = peers.PACKAGES | {"Apple": "cut_cross_entropy", "QuACK": "quack", "flash-attn": "flash_attn"}
+peer = partial(peers.peer, packages=PACKAGES, cuda=True)
 
 
 # ---------------------------------------------------------------- log-probs from logits
@@ -96,9 +57,7 @@ Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden_states (B, S, H), we
 
 
 def _verl_head() -> Head:
-    import hosts
-
-    function = hosts.module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    function = peers.hosts.module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
 
     def logps(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
         return function(hidden_states, weight, target_ids, 1.0, "none")[0].view(target_ids.shape)

@@ -7,6 +7,7 @@ of the tokens under the mask, and a with a gradient that is not zero, these are 
 
 from typing import Any
 
+import gpu_peers
 import peers
 import torch
 from case import OURS, Case, Data, Function, Loader, Tensors, compiled, matmul_floor, plain
@@ -73,7 +74,7 @@ def _zero_data() -> Data:
 # ---------------------------------------------------------------- log-probs
 
 
-def _eager_logps(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
+def eager_logps(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
     all_logps = torch.log_softmax((hidden_states @ weight.T).float(), -1)
     return (all_logps.gather(-1, target_ids[..., None]).squeeze(-1),)
 
@@ -94,7 +95,7 @@ def eager_policy_loss(
     advantages: Tensor,
     completion_mask: Tensor | None = None,
 ) -> Outputs:
-    (logps,) = _eager_logps(hidden_states, weight, target_ids)
+    (logps,) = eager_logps(hidden_states, weight, target_ids)
     loss = _clipped(logps, old_logps, advantages)
     return (loss.mean() if completion_mask is None else (loss * completion_mask).sum() / completion_mask.sum(),)
 
@@ -130,14 +131,14 @@ def _policy_spec(**inputs: Tensor) -> Outputs:
 # ---------------------------------------------------------------- the cross entropy
 
 
-def _our_cross_entropy(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
+def our_cross_entropy(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
     def token_loss(logps: Tensor, entropy: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         return -logps / target_ids.numel()
 
     return (rpp.linear_loss(hidden_states, weight, target_ids, token_loss).loss,)
 
 
-def _eager_cross_entropy(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
+def eager_cross_entropy(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
     return (functional.cross_entropy((hidden_states @ weight.T).flatten(0, 1), target_ids.flatten()),)
 
 
@@ -157,7 +158,7 @@ def _torch_cross_entropy(chosen: dict[str, Any] | None = None) -> Loader:
     return load
 
 
-def _cross_entropy_spec(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
+def cross_entropy_spec(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Outputs:
     return (-reference.linear_logps(hidden_states, weight, target_ids).logps.mean(),)
 
 
@@ -192,9 +193,10 @@ LINEAR_CASES = [
         spec=lambda **inputs: reference.linear_logps(**inputs)[:1],
         competitors={
             OURS: plain(lambda **inputs: rpp.linear_logps(**inputs)[:1]),
-            "eager, logits + log_softmax": plain(_eager_logps),
-            "torch.compile": compiled(_eager_logps),
+            "eager, logits + log_softmax": plain(eager_logps),
+            "torch.compile": compiled(eager_logps),
             **peers.LINEAR_LOGPS,
+            **gpu_peers.LINEAR_LOGPS,
         },
         floor=matmul_floor(_T, _V, _H),
         tolerance=1e-4,
@@ -211,6 +213,7 @@ LINEAR_CASES = [
             "rpp-kernels, linear_loss": plain(_loss_in_python),
             "eager": plain(eager_policy_loss),
             "torch.compile": compiled(eager_policy_loss),
+            **gpu_peers.LINEAR_POLICY_LOSS,
             **peers.LINEAR_POLICY_LOSS,
         },
     ),
@@ -247,16 +250,17 @@ LINEAR_CASES = [
         op="linear_loss of -logps / T: the mean cross entropy from hidden states, and its gradient",
         why="the one loss from hidden states that PyTorch has in chunks as well. Everyone takes three matrix products",
         data=lambda: _loss_data(head_inputs(_T, _V, _H)),
-        spec=_cross_entropy_spec,
+        spec=cross_entropy_spec,
         competitors={
-            OURS: plain(_our_cross_entropy),
+            OURS: plain(our_cross_entropy),
             "torch linear_cross_entropy": _torch_cross_entropy(),
             "torch linear_cross_entropy, its chunks (16 tokens)": _torch_cross_entropy({}),
             "torch linear_cross_entropy, chunks of 512 tokens": _torch_cross_entropy(
                 {"batch_chunk_size": 512, "chunking_method": None}
             ),
-            "eager": plain(_eager_cross_entropy),
-            "torch.compile": compiled(_eager_cross_entropy),
+            "eager": plain(eager_cross_entropy),
+            "torch.compile": compiled(eager_cross_entropy),
+            **gpu_peers.LINEAR_CROSS_ENTROPY,
         },
     ),
 ]

@@ -9,7 +9,7 @@ have as bool and the hosts multiply with.
 import importlib.util
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,31 +21,40 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "parity"))
 
+import hosts
+
+# How the name of a competitor begins: the package that it comes from.
 PACKAGES = {"TRL": "trl", "verl": "verl", "OpenRLHF": "openrlhf", "Liger": "liger_kernel"}
 
 
-def host(name: str, build: Callable[..., Function], **options: Any) -> dict[str, Loader]:
-    """One entry of a table: `build` is given tests/parity/hosts.py and the options, and imports what it needs from the
-    package that `name` begins with."""
-    package = PACKAGES[name.split()[0].rstrip(",")]
+def peer(
+    name: str,
+    build: Callable[..., Function],
+    *,
+    packages: dict[str, str] = PACKAGES,
+    cuda: bool = False,
+    **options: Any,
+) -> dict[str, Loader]:
+    """One entry of a table; `build` imports what it needs from the package that `name` begins with."""
+    package = packages[name.partition(",")[0]]
 
     def load() -> Function:
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"no package {package}; make parity installs the hosts")
-        import hosts
-
-        return build(hosts, **options)
+            raise ImportError(f"there is no package {package}")
+        if cuda and not torch.cuda.is_available():
+            raise ImportError("there is no CUDA device")
+        try:
+            return build(**options)
+        except Exception as error:  # what a package finds wrong with its surroundings has many names
+            raise ImportError(f"{package} cannot be imported, {type(error).__name__}: {error}"[:200]) from error
 
     return {name: load}
 
 
-def versions() -> dict[str, str]:
-    """Of the hosts that are installed."""
-    return {
-        name: version(package.replace("_", "-"))
-        for name, package in PACKAGES.items()
-        if importlib.util.find_spec(package)
-    }
+def versions(packages: dict[str, str] = PACKAGES) -> dict[str, str]:
+    """Of those that are installed."""
+    distributions = packages_distributions()
+    return {name: version(distributions[package][0]) for name, package in packages.items() if package in distributions}
 
 
 # ---------------------------------------------------------------- log-probs from logits
@@ -57,7 +66,7 @@ def _sequences(logits: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
     return logits.unflatten(0, (SEQUENCES, -1)), target_ids.unflatten(0, (SEQUENCES, -1))
 
 
-def _trl_logps(hosts: Any, entropy: bool = False) -> Function:
+def _trl_logps(entropy: bool = False) -> Function:
     utils = hosts.module("trl.trainer.utils")
 
     def logps(logits: Tensor, target_ids: Tensor) -> Outputs:
@@ -68,7 +77,7 @@ def _trl_logps(hosts: Any, entropy: bool = False) -> Function:
     return logps
 
 
-def _verl_logps(hosts: Any, entropy: bool = False) -> Function:
+def _verl_logps(entropy: bool = False) -> Function:
     functional = hosts.module("verl.utils.torch_functional")
 
     def logps(logits: Tensor, target_ids: Tensor) -> Outputs:
@@ -79,7 +88,7 @@ def _verl_logps(hosts: Any, entropy: bool = False) -> Function:
     return logps
 
 
-def _openrlhf_logps(hosts: Any, entropy: bool = False) -> Function:
+def _openrlhf_logps(entropy: bool = False) -> Function:
     utils = hosts.module("openrlhf.models.utils")
 
     def logps(logits: Tensor, target_ids: Tensor) -> Outputs:
@@ -91,33 +100,33 @@ def _openrlhf_logps(hosts: Any, entropy: bool = False) -> Function:
 
 
 LOGPS = {
-    **host("TRL, selective_log_softmax", _trl_logps),
-    **host("verl, logprobs_from_logits", _verl_logps),
-    **host("OpenRLHF, log_probs_from_logits", _openrlhf_logps),
+    **peer("TRL, selective_log_softmax", _trl_logps),
+    **peer("verl, logprobs_from_logits", _verl_logps),
+    **peer("OpenRLHF, log_probs_from_logits", _openrlhf_logps),
 }
 LOGPS_ENTROPY = {
-    **host("TRL, selective_log_softmax and entropy_from_logits", _trl_logps, entropy=True),
-    **host("verl, logprobs_from_logits and entropy_from_logits", _verl_logps, entropy=True),
-    **host("OpenRLHF, log_probs_from_logits and compute_entropy", _openrlhf_logps, entropy=True),
+    **peer("TRL, selective_log_softmax and entropy_from_logits", _trl_logps, entropy=True),
+    **peer("verl, logprobs_from_logits and entropy_from_logits", _verl_logps, entropy=True),
+    **peer("OpenRLHF, log_probs_from_logits and compute_entropy", _openrlhf_logps, entropy=True),
 }
 
 
 # ---------------------------------------------------------------- advantages
 
 
-def _openrlhf_returns(hosts: Any) -> Function:
+def _openrlhf_returns() -> Function:
     maker = hosts.openrlhf_maker("reinforce")
     return lambda rewards, completion_mask: (maker.get_cumulative_returns(rewards, completion_mask, 1.0),)
 
 
-def _openrlhf_gae(hosts: Any, gae_lambda: float) -> Function:
+def _openrlhf_gae(gae_lambda: float) -> Function:
     maker = hosts.openrlhf_maker("gae")
     return lambda rewards, values, completion_mask: maker.get_advantages_and_returns(
         values, rewards, completion_mask, 1.0, gae_lambda
     )
 
 
-def _verl_reinforce_pp(hosts: Any, beta: float) -> Function:
+def _verl_reinforce_pp(beta: float) -> Function:
     algos = hosts.module("verl.trainer.ppo.core_algos")
     config = SimpleNamespace(gamma=1.0)
 
@@ -131,7 +140,7 @@ def _verl_reinforce_pp(hosts: Any, beta: float) -> Function:
     return advantages
 
 
-def _openrlhf_reinforce_pp(hosts: Any, beta: float) -> Function:
+def _openrlhf_reinforce_pp(beta: float) -> Function:
     utils = hosts.module("openrlhf.models.utils")
     maker = hosts.openrlhf_maker("reinforce", beta=beta)
 
@@ -150,24 +159,24 @@ def _openrlhf_reinforce_pp(hosts: Any, beta: float) -> Function:
     return advantages
 
 
-RETURNS = host("OpenRLHF, get_cumulative_returns", _openrlhf_returns)
+RETURNS = peer("OpenRLHF, get_cumulative_returns", _openrlhf_returns)
 
 
 def gae(gae_lambda: float) -> dict[str, Loader]:
-    return host("OpenRLHF, get_advantages_and_returns", _openrlhf_gae, gae_lambda=gae_lambda)
+    return peer("OpenRLHF, get_advantages_and_returns", _openrlhf_gae, gae_lambda=gae_lambda)
 
 
 def reinforce_pp(beta: float) -> dict[str, Loader]:
     return {
-        **host("verl, kl_penalty and reinforce_plus_plus", _verl_reinforce_pp, beta=beta),
-        **host("OpenRLHF, compute_approx_kl and reinforce", _openrlhf_reinforce_pp, beta=beta),
+        **peer("verl, kl_penalty and reinforce_plus_plus", _verl_reinforce_pp, beta=beta),
+        **peer("OpenRLHF, compute_approx_kl and reinforce", _openrlhf_reinforce_pp, beta=beta),
     }
 
 
 # ---------------------------------------------------------------- losses
 
 
-def _verl_policy_loss(hosts: Any) -> Function:
+def _verl_policy_loss() -> Function:
     algos = hosts.module("verl.trainer.ppo.core_algos")
     config = hosts.verl_config({}, {}, clip_ratio_c=1e9)  # no dual clip, as the others
 
@@ -180,7 +189,7 @@ def _verl_policy_loss(hosts: Any) -> Function:
     return loss
 
 
-def _openrlhf_policy_loss(hosts: Any) -> Function:
+def _openrlhf_policy_loss() -> Function:
     policy_loss = hosts.module("openrlhf.models.loss").PolicyLoss()
 
     def loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor) -> Outputs:
@@ -189,7 +198,7 @@ def _openrlhf_policy_loss(hosts: Any) -> Function:
     return loss
 
 
-def _trl_grpo_loss(hosts: Any, beta: float) -> Function:
+def _trl_grpo_loss(beta: float) -> Function:
     hosts.module("trl")
 
     def loss(completion_mask: Tensor, **inputs: Tensor) -> Outputs:
@@ -198,7 +207,7 @@ def _trl_grpo_loss(hosts: Any, beta: float) -> Function:
     return loss
 
 
-def _verl_rollout_weights(hosts: Any) -> Function:
+def _verl_rollout_weights() -> Function:
     weights = hosts.module("verl.trainer.ppo.rollout_corr_helper").compute_rollout_correction_weights
 
     def truncated(old_logps: Tensor, sampling_logps: Tensor, completion_mask: Tensor) -> Outputs:
@@ -207,7 +216,7 @@ def _verl_rollout_weights(hosts: Any) -> Function:
     return truncated
 
 
-def _openrlhf_dpo_loss(hosts: Any) -> Function:
+def _openrlhf_dpo_loss() -> Function:
     dpo_loss = hosts.module("openrlhf.models.loss").DPOLoss(beta=0.1)
 
     def loss(logps: Tensor, ref_logps: Tensor, completion_mask: Tensor) -> Outputs:
@@ -219,21 +228,21 @@ def _openrlhf_dpo_loss(hosts: Any) -> Function:
 
 
 POLICY_LOSS = {
-    **host("verl, compute_policy_loss_vanilla", _verl_policy_loss),
-    **host("OpenRLHF, PolicyLoss", _openrlhf_policy_loss),
+    **peer("verl, compute_policy_loss_vanilla", _verl_policy_loss),
+    **peer("OpenRLHF, PolicyLoss", _openrlhf_policy_loss),
 }
-ROLLOUT_WEIGHTS = host("verl, compute_rollout_correction_weights", _verl_rollout_weights)
-DPO_LOSS = host("OpenRLHF, DPOLoss", _openrlhf_dpo_loss)
+ROLLOUT_WEIGHTS = peer("verl, compute_rollout_correction_weights", _verl_rollout_weights)
+DPO_LOSS = peer("OpenRLHF, DPOLoss", _openrlhf_dpo_loss)
 
 
 def policy_loss_kl(beta: float) -> dict[str, Loader]:
-    return host("TRL, GRPOTrainer._compute_loss", _trl_grpo_loss, beta=beta)
+    return peer("TRL, GRPOTrainer._compute_loss", _trl_grpo_loss, beta=beta)
 
 
 # ---------------------------------------------------------------- from hidden states
 
 
-def _trl_head(hosts: Any) -> Callable[..., Tensor]:
+def _trl_head() -> Callable[..., Tensor]:
     function = hosts.module("trl.kernels").ChunkedLogProbFunction
 
     def logps(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
@@ -245,18 +254,18 @@ def _trl_head(hosts: Any) -> Callable[..., Tensor]:
     return logps
 
 
-def _verl_head(hosts: Any) -> Callable[..., Tensor]:
+def _verl_head() -> Callable[..., Tensor]:
     head = hosts.module("verl.utils.experimental.torch_functional").FusedLinearForPPO()
     return lambda hidden_states, weight, target_ids: head(hidden_states, weight, target_ids)[0]
 
 
-def _logps(hosts: Any, head: Callable[..., Any]) -> Function:
-    run = head(hosts)
+def _logps(head: Callable[..., Any]) -> Function:
+    run = head()
     return lambda **inputs: (run(**inputs),)
 
 
-def _then_clipped_loss(hosts: Any, head: Callable[..., Any]) -> Function:
-    run = head(hosts)
+def _then_clipped_loss(head: Callable[..., Any]) -> Function:
+    run = head()
 
     def loss(
         hidden_states: Tensor, weight: Tensor, target_ids: Tensor, old_logps: Tensor, advantages: Tensor
@@ -267,7 +276,7 @@ def _then_clipped_loss(hosts: Any, head: Callable[..., Any]) -> Function:
     return loss
 
 
-def _liger_loss(hosts: Any) -> Function:
+def _liger_loss() -> Function:
     function = hosts.module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss(
         beta=0.0, use_ref_model=False, loss_type="dapo", compiled=False
     )
@@ -283,11 +292,11 @@ def _liger_loss(hosts: Any) -> Function:
 
 
 LINEAR_LOGPS = {
-    **host("TRL, ChunkedLogProbFunction", _logps, head=_trl_head),
-    **host("verl, FusedLinearForPPO", _logps, head=_verl_head),
+    **peer("TRL, ChunkedLogProbFunction", _logps, head=_trl_head),
+    **peer("verl, FusedLinearForPPO", _logps, head=_verl_head),
 }
 LINEAR_POLICY_LOSS = {
-    **host("TRL, ChunkedLogProbFunction, then the loss", _then_clipped_loss, head=_trl_head),
-    **host("verl, FusedLinearForPPO, then the loss", _then_clipped_loss, head=_verl_head),
-    **host("Liger, LigerFusedLinearGRPOLoss", _liger_loss),
+    **peer("TRL, ChunkedLogProbFunction, then the loss", _then_clipped_loss, head=_trl_head),
+    **peer("verl, FusedLinearForPPO, then the loss", _then_clipped_loss, head=_verl_head),
+    **peer("Liger, LigerFusedLinearGRPOLoss", _liger_loss),
 }

@@ -90,7 +90,7 @@ def logps_entropy(logits, target_ids):
 
 
 def loaded(table, name):
-    package, _ = gpu_peers.PACKAGES[name.partition(",")[0]]
+    package = gpu_peers.PACKAGES[name.partition(",")[0]]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     try:
