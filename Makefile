@@ -37,7 +37,7 @@ parity: $(VENV)/installed-parity  ## our losses and advantages against those of 
 
 bench: $(VENV)/installed-parity  ## CPU benchmarks beside the hosts, then the tables of docs/performance.md: fifteen minutes
 	$(BIN)/python benchmarks/run.py --skip linear --json benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/run.py --case linear --rounds 5 --json benchmarks/results/linear.json
+	$(BIN)/python benchmarks/run.py --case linear --rounds 3 --json benchmarks/results/linear.json
 	$(BIN)/python benchmarks/tokens.py
 	$(BIN)/python benchmarks/errors.py
 	$(BIN)/python benchmarks/report.py

@@ -20,7 +20,7 @@ from rpp_kernels import reference
 from rpp_kernels.testing import make_batch
 
 _T, _H, _V = 1024, 1024, 32000
-_REAL = 512, 151936, 512  # tokens, the vocabulary of Qwen2, and as wide as the time for it allows
+_REAL = 384, 151936, 512  # tokens, the vocabulary of Qwen2, and as wide as the time for it allows
 WRT = ("hidden_states", "weight")
 
 # ---------------------------------------------------------------- inputs

@@ -204,7 +204,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="names or how they begin; default: all")
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="the same, of cases to leave out")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, help="default: as many as fit into ten seconds a case, 9 to 100")
+    parser.add_argument("--rounds", type=int, help="default: as many as fit into six seconds a case, 5 to 100")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     return parser.parse_args()
 

@@ -107,7 +107,7 @@ def interleave(
     works: Mapping[str, Work],
     *,
     rounds: int | None = None,
-    seconds: float = 10.0,
+    seconds: float = 6.0,
     at_least: int = 5,
     at_most: int = 100,
     run: Callable[[Work], Sample] = run_once,
@@ -116,10 +116,10 @@ def interleave(
     names = list(works)
     for name in names:
         run(works[name])  # warms caches and thread pools
-    start = time.perf_counter()
-    for name in names:
-        run(works[name])
     if rounds is None:
+        start = time.perf_counter()
+        for name in names:
+            run(works[name])
         rounds = min(at_most, max(at_least, int(seconds / (time.perf_counter() - start))))
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     for i in range(rounds):
