@@ -136,7 +136,7 @@ def tokens(result: dict[str, Any]) -> str:
 
 STOPPED = {
     "out of memory": "x: it runs out of memory, or would take more than 10 GiB.",
-    "too long": "-: not run, it would take more than 10 seconds.",
+    "too long": "-: not run, it would take more than 6 seconds.",
 }
 
 
