@@ -42,7 +42,7 @@ bench: $(VENV)/installed-parity  ## CPU benchmarks beside the hosts, then the ta
 	$(BIN)/python benchmarks/errors.py
 	$(BIN)/python benchmarks/report.py
 
-steps: $(VENV)/installed  ## whole training steps, naive and ours, and their learning curves: docs/steps.md, eight minutes
+steps: $(VENV)/installed  ## whole training steps, naive and ours, and their learning curves: docs/steps.md, eleven minutes
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/curves.py
 	$(BIN)/python benchmarks/report.py
