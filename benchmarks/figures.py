@@ -73,7 +73,8 @@ def scaling(result: dict[str, Any], file: Path) -> None:
     """Time against each size in log-log, the fitted lines behind the points."""
     lines = result["lines"]
     figure, axes = blank(3, width=9.5, height=2.7 * -(-len(lines) // 3), rows=-(-len(lines) // 3))
-    colors = {"rpp-kernels": "C0", "rpp-kernels, linear_logps then policy_loss": "C2", "eager": "C1", "floor": "gray"}
+    colors = {"rpp-kernels": "C0", "eager": "C1", "floor": "gray"}
+    colors |= {"rpp-kernels, linear_logps then policy_loss": "C2", "rpp-kernels, inplace_backward": "C3"}
     for one, line in zip(axes.flat, lines, strict=False):
         for name, fit in line["fits"].items():
             points = {p["size"]: p["ms"][name][0] for p in line["points"]}
