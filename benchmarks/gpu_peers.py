@@ -84,23 +84,6 @@ def _apple_head(**options: Any) -> Head:
     return logps
 
 
-def _logps(head: Callable[..., Head], **options: Any) -> Function:
-    run = head(**options)
-    return lambda hidden_states, weight, target_ids: (run(hidden_states, weight, target_ids),)
-
-
-def _then_clipped_loss(head: Callable[..., Head], **options: Any) -> Function:
-    run = head(**options)
-
-    def loss(
-        hidden_states: Tensor, weight: Tensor, target_ids: Tensor, old_logps: Tensor, advantages: Tensor
-    ) -> Outputs:
-        ratio = (run(hidden_states, weight, target_ids) - old_logps).exp()
-        return (torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean(),)
-
-    return loss
-
-
 def _liger_chunked_loss() -> Function:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -144,17 +127,20 @@ def _liger_triton_loss() -> Function:
 
 
 LINEAR_LOGPS = {
-    **peer("verl, Triton linear_cross_entropy", _logps, head=_verl_head),
-    **peer("Liger, CuTe scaled cross entropy", _logps, head=_liger_head),
-    **peer("Apple, linear_cross_entropy", _logps, head=_apple_head),
-    **peer("Apple, linear_cross_entropy, unfiltered", _logps, head=_apple_head, filter_eps=None),
+    **peer("verl, Triton linear_cross_entropy", peers.logps, head=_verl_head),
+    **peer("Liger, CuTe scaled cross entropy", peers.logps, head=_liger_head),
+    **peer("Apple, linear_cross_entropy", peers.logps, head=_apple_head),
+    **peer("Apple, linear_cross_entropy, unfiltered", peers.logps, head=_apple_head, filter_eps=None),
 }
 LINEAR_POLICY_LOSS = {
-    **peer("verl, Triton linear_cross_entropy, then the loss", _then_clipped_loss, head=_verl_head),
-    **peer("Liger, CuTe scaled cross entropy, then the loss", _then_clipped_loss, head=_liger_head),
-    **peer("Apple, linear_cross_entropy, then the loss", _then_clipped_loss, head=_apple_head),
+    **peer("verl, Triton linear_cross_entropy, then the loss", peers.then_clipped_loss, head=_verl_head),
+    **peer("Liger, CuTe scaled cross entropy, then the loss", peers.then_clipped_loss, head=_liger_head),
+    **peer("Apple, linear_cross_entropy, then the loss", peers.then_clipped_loss, head=_apple_head),
     **peer(
-        "Apple, linear_cross_entropy, unfiltered, then the loss", _then_clipped_loss, head=_apple_head, filter_eps=None
+        "Apple, linear_cross_entropy, unfiltered, then the loss",
+        peers.then_clipped_loss,
+        head=_apple_head,
+        filter_eps=None,
     ),
     **peer("Liger, LigerFusedLinearGRPOLoss", _liger_chunked_loss),
     **peer("Liger, logits, then triton_grpo_loss", _liger_triton_loss),

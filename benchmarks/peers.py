@@ -247,9 +247,8 @@ def _trl_head() -> Callable[..., Tensor]:
 
     def logps(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
         flat = hidden_states.flatten(0, 1), weight, None, target_ids.flatten()
-        return function.apply(*flat, 1.0, 32768, None, 1.0, ())[0].view(
-            target_ids.shape
-        )  # as add_fused_lm_head calls it
+        # As add_fused_lm_head calls it.
+        return function.apply(*flat, 1.0, 32768, None, 1.0, ())[0].view(target_ids.shape)
 
     return logps
 
@@ -259,13 +258,13 @@ def _verl_head() -> Callable[..., Tensor]:
     return lambda hidden_states, weight, target_ids: head(hidden_states, weight, target_ids)[0]
 
 
-def _logps(head: Callable[..., Any]) -> Function:
-    run = head()
+def logps(head: Callable[..., Any], **options: Any) -> Function:
+    run = head(**options)
     return lambda **inputs: (run(**inputs),)
 
 
-def _then_clipped_loss(head: Callable[..., Any]) -> Function:
-    run = head()
+def then_clipped_loss(head: Callable[..., Any], **options: Any) -> Function:
+    run = head(**options)
 
     def loss(
         hidden_states: Tensor, weight: Tensor, target_ids: Tensor, old_logps: Tensor, advantages: Tensor
@@ -292,11 +291,11 @@ def _liger_loss() -> Function:
 
 
 LINEAR_LOGPS = {
-    **peer("TRL, ChunkedLogProbFunction", _logps, head=_trl_head),
-    **peer("verl, FusedLinearForPPO", _logps, head=_verl_head),
+    **peer("TRL, ChunkedLogProbFunction", logps, head=_trl_head),
+    **peer("verl, FusedLinearForPPO", logps, head=_verl_head),
 }
 LINEAR_POLICY_LOSS = {
-    **peer("TRL, ChunkedLogProbFunction, then the loss", _then_clipped_loss, head=_trl_head),
-    **peer("verl, FusedLinearForPPO, then the loss", _then_clipped_loss, head=_verl_head),
+    **peer("TRL, ChunkedLogProbFunction, then the loss", then_clipped_loss, head=_trl_head),
+    **peer("verl, FusedLinearForPPO, then the loss", then_clipped_loss, head=_verl_head),
     **peer("Liger, LigerFusedLinearGRPOLoss", _liger_loss),
 }
